@@ -13,7 +13,7 @@ NO_SKIPS = os.environ.get("FEDGE_NO_SKIPS") == "1"
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
-    item: pytest.Item, call: pytest.CallInfo[None]
+    item: pytest.Item,
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Turn a skip into a failure where FEDGE_NO_SKIPS=1, as in CI."""
     report = yield

@@ -20,7 +20,7 @@ class BundleError(FedgeError, ValueError):
 
 
 class CodecError(FedgeError, ValueError):
-    """An update body does not decode within its declared bounds, or a codec chain makes no sense."""
+    """An update body breaks its declared bounds, or a codec chain makes no sense."""
 
 
 class MessageError(FedgeError, ValueError):
