@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from coordinator.fleet import Fleet, Known
+
+
+def born(device: str, boot: int = 1, *, online: bool = True) -> Known:
+    return Known(device, b"k" * 32, online=online, boot=boot)
+
+
+def test_a_device_is_ready_when_online_and_checked_in_for_the_call() -> None:
+    fleet = Fleet()
+    for device in ("b", "a", "away"):
+        fleet.status(born(device, online=device != "away"))
+        fleet.check_in("t", device, 3, 10)
+    assert fleet.ready("t", 3) == ["a", "b"]
+    assert fleet.ready("t", 4) == []
+    assert fleet.ready("other", 3) == []
+
+
+def test_a_check_in_outlives_a_lost_connection_but_not_a_restart() -> None:
+    fleet = Fleet()
+    fleet.status(born("a"))
+    fleet.check_in("t", "a", 1, 10)
+    fleet.status(born("a", online=False))
+    assert fleet.ready("t", 1) == []
+    fleet.status(born("a"))
+    assert fleet.ready("t", 1) == ["a"]
+    fleet.status(born("a", boot=2))
+    assert fleet.ready("t", 1) == []
+
+
+def test_the_will_of_an_old_session_does_not_take_a_new_one_away() -> None:
+    fleet = Fleet()
+    fleet.status(born("a", boot=5))
+    assert not fleet.status(born("a", boot=4, online=False))
+    assert fleet.is_online("a")
+
+
+def test_a_device_withdraws() -> None:
+    fleet = Fleet()
+    fleet.status(born("a"))
+    fleet.check_in("t", "a", 1, 10)
+    fleet.withdraw("t", "a")
+    fleet.withdraw("t", "stranger")
+    assert fleet.ready("t", 1) == []
+
+
+def test_a_remembered_device_has_a_key_but_is_not_online() -> None:
+    fleet = Fleet()
+    fleet.remember(born("a"))
+    assert fleet.key("a") == b"k" * 32
+    assert not fleet.is_online("a")
+    assert fleet.key("stranger") is None
+
+
+def test_completion_is_a_moving_average_that_starts_at_one() -> None:
+    fleet = Fleet()
+    assert fleet.completion_of("t") == 1.0
+    fleet.completed("t", 10, 6)
+    assert fleet.completion_of("t") == 0.9
+    for _ in range(40):
+        fleet.completed("t", 10, 6)
+    assert abs(fleet.completion_of("t") - 0.6) < 1e-4
