@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a bundle's manifest may say, checked field by field before anything trusts it. Pure.
+
+`check` walks the whole manifest; the first thing out of place is a BundleError of one line that
+names the field, what was expected and what came. Cross references (a patch and the bytes it points
+at, a slot and its parameter) are checked here too, so that later code can index without fear.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+import numpy as np
+
+from edge_sdk.errors import BundleError
+
+FORMAT = "fedge-bundle/1"
+MAX_MANIFEST_BYTES = 4 << 20
+MAX_TENSORS = 10_000
+MAX_NUMBERS = 1 << 25  # 128 MiB of float32: what an archive can carry
+LOSSES = ("cross_entropy", "mse", "bce_logits")
+DTYPES = ("float32", "float16", "int8", "uint8", "int16", "uint16", "int32", "int64", "bool")
+ROLES = ("predict", "train", "evaluate")
+_SHA256 = re.compile(r"[0-9a-f]{64}\Z")
+Check = Callable[[str, Any], None]
+
+
+def encode(manifest: Mapping[str, Any]) -> bytes:
+    """Return canonical JSON: sorted keys, no spaces, UTF-8.
+
+    Raises: BundleError when the manifest holds what JSON cannot say, such as NaN.
+    """
+    try:
+        text = json.dumps(
+            manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+        )
+    except (TypeError, ValueError) as error:
+        raise BundleError(f"manifest: expected plain finite JSON values; {error}") from error
+    return text.encode()
+
+
+def decode(data: bytes) -> dict[str, Any]:
+    """Read canonical JSON back.
+
+    Raises: BundleError when the bytes are too many, not JSON, or not in the canonical form.
+    """
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise BundleError(f"manifest: expected at most {MAX_MANIFEST_BYTES} bytes, got {len(data)}")
+    try:
+        manifest = json.loads(data)
+        canonical = isinstance(manifest, dict) and encode(manifest) == data
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"manifest: expected JSON, got something else: {error}") from error
+    if not canonical:
+        raise BundleError("manifest: expected canonical JSON (sorted keys, no spaces) of an object")
+    found: dict[str, Any] = manifest
+    return found
+
+
+def check(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
+    """Check a manifest against the members (name to byte count) that came with it.
+
+    Raises: BundleError naming the first field that is missing, unknown, of another type, out of
+    bounds, or at odds with another field.
+    """
+    if manifest.get("format") != FORMAT:
+        _fail("format", repr(FORMAT), manifest.get("format"), "upgrade fedge or rebuild")
+    _fields(_MANIFEST)("", manifest)
+    _check_members(manifest["members"], sizes)
+    _check_params(manifest, sizes)
+    _check_graphs(manifest["graphs"], sizes)
+    _check_patches(manifest, sizes)
+
+
+def _fail(field: str, expected: str, got: object, advice: str = "rebuild the bundle") -> NoReturn:
+    shown = repr(got)
+    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    raise BundleError(f"manifest {field}: expected {expected}, got {shown}; {advice}")
+
+
+def _is(expected: str, claim: Callable[[Any], bool]) -> Check:
+    def run(field: str, value: Any) -> None:
+        if not claim(value):
+            _fail(field, expected, value)
+
+    return run
+
+
+def _one_of(*allowed: str) -> Check:
+    return _is(f"one of {', '.join(allowed)}", lambda v: isinstance(v, str) and v in allowed)
+
+
+def _or_null(inner: Check) -> Check:
+    return lambda field, value: None if value is None else inner(field, value)
+
+
+def _list(inner: Check, most: int = MAX_TENSORS) -> Check:
+    def run(field: str, value: Any) -> None:
+        if not isinstance(value, list) or len(value) > most:
+            _fail(field, f"a list of at most {most}", value)
+        for i, item in enumerate(value):
+            inner(f"{field}[{i}]", item)
+
+    return run
+
+
+def _map(inner: Check) -> Check:
+    def run(field: str, value: Any) -> None:
+        if not isinstance(value, dict) or len(value) > MAX_TENSORS:
+            _fail(field, "an object", value)
+        for key, item in value.items():
+            inner(f"{field}.{key}", item)
+
+    return run
+
+
+def _fields(schema: Mapping[str, Check], optional: tuple[str, ...] = ()) -> Check:
+    def run(field: str, value: Any) -> None:
+        if not isinstance(value, dict):
+            _fail(field or "(whole)", "an object", value)
+        for key in value:
+            if key not in schema:
+                _fail(f"{field}.{key}".lstrip("."), "no such field", value[key], "upgrade fedge")
+        for key, inner in schema.items():
+            if key in value:
+                inner(f"{field}.{key}".lstrip("."), value[key])
+            elif key not in optional:
+                _fail(f"{field}.{key}".lstrip("."), "a value", None)
+
+    return run
+
+
+def _is_int(value: object, low: int, high: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _is_number(value: Any) -> bool:
+    is_real = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_real and math.isfinite(value) and abs(value) < 1e300
+
+
+def _is_scale(value: object) -> bool:
+    return isinstance(value, int | float) and _is_number(value) and value > 0
+
+
+_ANY: Check = _is("a JSON value", lambda _: True)
+_TEXT = _is("a string of 1 to 1000", lambda v: isinstance(v, str) and 0 < len(v) <= 1000)
+_FLAG = _is("true or false", lambda v: isinstance(v, bool))
+_COUNT = _is("a whole number from 0", lambda v: _is_int(v, 0, 1 << 60))
+_OFFSET = _is("a byte offset", lambda v: _is_int(v, 0, 1 << 31))
+_INDEX = _is("an index", lambda v: _is_int(v, 0, MAX_TENSORS))
+_SIZE = _is("a dimension", lambda v: _is_int(v, 0, MAX_NUMBERS))
+_NUMBER = _is("a finite number", _is_number)
+_SCALE = _is("a scale above 0", _is_scale)
+_LEVEL = _is("a zero point", lambda v: _is_int(v, -(1 << 31), (1 << 31) - 1))
+_SHAPE = _list(_SIZE, 16)
+_OPEN_SHAPE = _list(_or_null(_SIZE), 16)
+
+
+def _either(*checks: Check) -> Check:
+    def run(field: str, value: Any) -> None:
+        for inner in checks[:-1]:
+            try:
+                return inner(field, value)
+            except BundleError:
+                continue
+        return checks[-1](field, value)
+
+    return run
+
+
+_PORT = _fields(
+    {
+        "name": _TEXT,
+        "dtype": _one_of(*DTYPES),
+        "shape": _OPEN_SHAPE,
+        "scale": _or_null(_SCALE),
+        "zero_point": _or_null(_LEVEL),
+    }
+)
+_MEMBER = _fields(
+    {
+        "sha256": _is("64 hex digits", lambda v: isinstance(v, str) and bool(_SHA256.match(v))),
+        "size": _COUNT,
+    }
+)
+_PATCH: dict[str, Check] = {
+    "float32": _fields({"param": _INDEX, "kind": _ANY, "offset": _OFFSET}),
+    "quantized": _fields(
+        {
+            "param": _INDEX,
+            "kind": _ANY,
+            "dtype": _one_of("int8", "uint8"),
+            "offset": _OFFSET,
+            "scale_offset": _OFFSET,
+            "scales": _COUNT,
+            "axis": _or_null(_INDEX),
+            "zero_point": _either(_list(_LEVEL, MAX_NUMBERS), _LEVEL),
+        }
+    ),
+    "bias": _fields(
+        {
+            "param": _or_null(_INDEX),
+            "kind": _ANY,
+            "shape": _SHAPE,
+            "offset": _OFFSET,
+            "scale_offset": _OFFSET,
+            "scales": _COUNT,
+            "input_scale": _SCALE,
+            "weight": _INDEX,
+            "weight_scale": _list(_SCALE, MAX_NUMBERS),
+        },
+        optional=("weight", "weight_scale", "shape"),
+    ),
+}
+
+
+def _patch(field: str, value: Any) -> None:
+    kind = value.get("kind") if isinstance(value, dict) else value
+    if not isinstance(kind, str) or kind not in _PATCH:
+        _fail(f"{field}.kind", f"one of {', '.join(_PATCH)}", kind)
+    _PATCH[kind](field, value)
+
+
+_MANIFEST: dict[str, Check] = {
+    "format": _TEXT,
+    "name": _TEXT,
+    "producer": _TEXT,
+    "loss": _one_of(*LOSSES),
+    "train": _ANY,
+    "optimizer": _list(_list(_ANY, 3), 16),
+    "lr": _is("a learning rate from 0", lambda v: _is_number(v) and v >= 0),
+    "proximal": _FLAG,
+    "input": _PORT,
+    "output": _PORT,
+    "target": _fields({"dtype": _one_of("int64", "float32"), "shape": _OPEN_SHAPE}),
+    "params": _list(_fields({"name": _TEXT, "shape": _SHAPE})),
+    "slots": _list(_fields({"name": _TEXT, "param": _or_null(_INDEX), "shape": _SHAPE})),
+    "graphs": _map(_fields(dict.fromkeys(ROLES, _TEXT))),
+    "patches": _list(_patch),
+    "cost": _map(_either(_NUMBER, _map(_NUMBER))),
+    "members": _map(_MEMBER),
+}
+
+
+def _check_members(members: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
+    if members.keys() != sizes.keys():
+        _fail("members", f"{sorted(sizes)} as in the archive", sorted(members))
+    for name, size in sizes.items():
+        if members[name]["size"] != size:
+            _fail(f"members.{name}.size", str(size), members[name]["size"], "fetch it again")
+
+
+def _check_params(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
+    params = manifest["params"]
+    numbers = sum(math.prod(p["shape"]) for p in params)
+    if not params or len({p["name"] for p in params}) != len(params):
+        _fail("params", "at least one, each name once", [p["name"] for p in params])
+    if sizes.get("params.bin") != 4 * numbers:
+        _fail("params", f"{sizes.get('params.bin')} bytes as in params.bin", 4 * numbers)
+    for i, slot in enumerate(manifest["slots"]):
+        if slot["param"] is not None and slot["param"] >= len(params):
+            _fail(f"slots[{i}].param", f"an index below {len(params)}", slot["param"])
+    state = sum(math.prod(slot["shape"]) for slot in manifest["slots"])
+    if state > 2 * MAX_NUMBERS:
+        _fail("slots", f"at most {2 * MAX_NUMBERS} numbers in all", state)
+
+
+def _check_graphs(graphs: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
+    if not graphs:
+        _fail("graphs", "at least one engine", graphs)
+    for engine, roles in graphs.items():
+        for role, member in roles.items():
+            if member not in sizes:
+                _fail(f"graphs.{engine}.{role}", f"one of {sorted(sizes)}", member)
+
+
+def _check_patches(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
+    ort = manifest["graphs"].get("ort")
+    end = sizes[ort["predict"]] if ort else 0
+    shapes = [p["shape"] for p in manifest["params"]]
+    spans: list[tuple[int, int, int]] = []
+    for i, patch in enumerate(manifest["patches"]):
+        field = f"patches[{i}]"
+        if patch["param"] is not None and patch["param"] >= len(shapes):
+            _fail(f"{field}.param", f"an index below {len(shapes)}", patch["param"])
+        spans += [(a, b, i) for a, b in _spans(field, patch, shapes)]
+    spans.sort()
+    for (_, before, _), (start, _, i) in itertools.pairwise(spans):
+        if start < before:
+            _fail(f"patches[{i}]", "bytes that no other patch writes", start)
+    if spans and max(b for _, b, _ in spans) > end:
+        _fail("patches", f"bytes within the predict graph ({end})", max(b for _, b, _ in spans))
+
+
+def _spans(field: str, patch: Mapping[str, Any], shapes: list[list[int]]) -> list[tuple[int, int]]:
+    kind, param = patch["kind"], patch["param"]
+    if param is None and "shape" not in patch:
+        _fail(f"{field}.shape", "a shape, as no parameter gives one", None)
+    shape = patch["shape"] if param is None else shapes[param]
+    at, numbers = patch["offset"], math.prod(shape)
+    if kind == "float32":
+        return [(at, at + 4 * numbers)]
+    scales = patch["scales"]
+    if kind == "quantized":
+        _check_quantized(field, patch, shape)
+        width = 1
+    else:
+        _check_bias(field, patch, shape, shapes)
+        width = 4
+    scale_at = patch["scale_offset"]
+    return [(at, at + width * numbers), (scale_at, scale_at + 4 * scales)]
+
+
+def _check_quantized(field: str, patch: Mapping[str, Any], shape: list[int]) -> None:
+    axis = patch["axis"]
+    if axis is not None and axis >= len(shape):
+        _fail(f"{field}.axis", f"an axis of {shape}", axis)
+    scales = 1 if axis is None else shape[axis]
+    if patch["scales"] != scales:
+        _fail(f"{field}.scales", f"{scales}, one for each of axis {axis}", patch["scales"])
+    info = np.iinfo(patch["dtype"])
+    points = patch["zero_point"]
+    points = points if isinstance(points, list) else [points]
+    if len(points) not in {1, scales} or not all(info.min <= z <= info.max for z in points):
+        _fail(f"{field}.zero_point", f"1 or {scales} values of {patch['dtype']}", points)
+
+
+def _check_bias(
+    field: str, patch: Mapping[str, Any], shape: list[int], shapes: list[list[int]]
+) -> None:
+    if ("weight" in patch) == ("weight_scale" in patch):
+        _fail(f"{field}.weight", "weight or weight_scale, one of the two", patch.get("weight"))
+    if "weight" in patch and patch["weight"] >= len(shapes):
+        _fail(f"{field}.weight", f"an index below {len(shapes)}", patch["weight"])
+    scales = patch["scales"]
+    if scales not in {1, math.prod(shape)}:
+        _fail(f"{field}.scales", f"1 or {math.prod(shape)}", scales)
+    if "weight_scale" in patch and len(patch["weight_scale"]) not in {1, scales}:
+        _fail(f"{field}.weight_scale", f"1 or {scales} numbers", len(patch["weight_scale"]))
