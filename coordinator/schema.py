@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The coordinator's tables, as numbered migrations, forward only; user_version counts them.
+
+A migration that has been released is never edited: append the next one.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+
+from edge_sdk.errors import StoreError
+
+APPLICATION_ID = 0x46444745  # "FDGE": tells our files from anybody else's
+
+MIGRATIONS: tuple[tuple[str, ...], ...] = (
+    (
+        """CREATE TABLE devices (
+            device TEXT PRIMARY KEY,
+            key BLOB NOT NULL CHECK (length(key) = 32),
+            name TEXT NOT NULL,
+            sdk TEXT NOT NULL,
+            boot INTEGER NOT NULL,
+            online INTEGER NOT NULL,
+            first_seen INTEGER NOT NULL DEFAULT (CAST(strftime('%s', 'now') AS INTEGER)),
+            last_seen INTEGER NOT NULL DEFAULT (CAST(strftime('%s', 'now') AS INTEGER))
+        ) WITHOUT ROWID""",
+        """CREATE TABLE tasks (
+            task TEXT PRIMARY KEY,
+            bundle BLOB NOT NULL CHECK (length(bundle) = 32),
+            call INTEGER NOT NULL DEFAULT 0
+        ) WITHOUT ROWID""",
+        """CREATE TABLE versions (
+            task TEXT NOT NULL REFERENCES tasks,
+            version INTEGER NOT NULL CHECK (version >= 0),
+            round INTEGER NOT NULL,
+            digest BLOB NOT NULL CHECK (length(digest) = 32),
+            params BLOB,
+            optimizer BLOB,
+            made_at INTEGER NOT NULL DEFAULT (CAST(strftime('%s', 'now') AS INTEGER)),
+            UNIQUE (task, version)
+        )""",
+        """CREATE TABLE rounds (
+            task TEXT NOT NULL REFERENCES tasks,
+            round INTEGER NOT NULL CHECK (round >= 1),
+            version INTEGER NOT NULL,
+            state TEXT NOT NULL CHECK (state IN ('open', 'commit', 'abort')),
+            cohort TEXT NOT NULL,
+            quorum INTEGER NOT NULL,
+            goal INTEGER NOT NULL,
+            deadline_s REAL NOT NULL,
+            seed INTEGER NOT NULL,
+            result TEXT NOT NULL DEFAULT '{}',
+            opened_at INTEGER NOT NULL DEFAULT (CAST(strftime('%s', 'now') AS INTEGER)),
+            closed_at INTEGER,
+            UNIQUE (task, round)
+        )""",
+        # One open round a task at most: the database itself says so.
+        "CREATE UNIQUE INDEX one_open_round ON rounds (task) WHERE state = 'open'",
+        # folded: the version that holds the update; null while pending, -1 when set aside.
+        """CREATE TABLE updates (
+            task TEXT NOT NULL,
+            round INTEGER NOT NULL,
+            device TEXT NOT NULL,
+            hash BLOB NOT NULL CHECK (length(hash) = 16),
+            version INTEGER NOT NULL,
+            examples INTEGER NOT NULL,
+            steps INTEGER NOT NULL,
+            loss REAL NOT NULL,
+            seconds REAL NOT NULL,
+            size INTEGER NOT NULL,
+            outcome TEXT NOT NULL CHECK (outcome IN ('counted', 'late')),
+            folded INTEGER,
+            blob BLOB,
+            UNIQUE (task, round, device),
+            FOREIGN KEY (task, round) REFERENCES rounds (task, round)
+        )""",
+        "CREATE INDEX pending_updates ON updates (task) WHERE folded IS NULL",
+    ),
+)
+
+
+def migrate(db: sqlite3.Connection, migrations: Sequence[Sequence[str]] = MIGRATIONS) -> None:
+    """Bring a database (in autocommit mode) to the newest schema, each step in one transaction.
+
+    Raises: StoreError when the file is another program's, or was written by a newer fedge.
+    """
+    at = check(db, migrations)
+    for number, statements in enumerate(migrations[at:], at + 1):
+        _one(db, number, statements)
+
+
+def check(db: sqlite3.Connection, migrations: Sequence[Sequence[str]] = MIGRATIONS) -> int:
+    """Return the schema number of a database without touching it; raises as `migrate` does."""
+    at = int(db.execute("PRAGMA user_version").fetchone()[0])
+    ours = int(db.execute("PRAGMA application_id").fetchone()[0])
+    tables = int(db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0])
+    if ours != APPLICATION_ID and (tables or ours):
+        raise StoreError("expected a coordinator's database, found another program's: move it away")
+    if at > len(migrations):
+        raise StoreError(
+            f"this store has schema {at}, this fedge knows up to {len(migrations)}: upgrade fedge"
+        )
+    return at
+
+
+def _one(db: sqlite3.Connection, number: int, statements: Sequence[str]) -> None:
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        for statement in statements:
+            db.execute(statement)
+        db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        db.execute(f"PRAGMA user_version = {number}")
+    except BaseException:
+        db.execute("ROLLBACK")
+        raise
+    db.execute("COMMIT")

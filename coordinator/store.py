@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the coordinator must never lose: devices, versions, rounds, updates. Async, on SQLite.
+
+Two transactions carry the promises. `count` stores an update, and the receipt that follows is for
+ever. `commit` stores the next version with its optimizer state, closes the round and marks which
+updates it holds: all or nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+from coordinator.fleet import Known
+from coordinator.writer import Writer
+from edge_sdk.errors import StoreError
+
+SET_ASIDE = -1
+"""`folded` of an update that no version will hold: its sum was not finite."""
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """One number of the global model: flat little-endian float32 masters and their sha256."""
+
+    number: int
+    round: int
+    digest: bytes
+    params: bytes
+    optimizer: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRound:
+    """A round as it was opened; `state` is "open" until it is settled."""
+
+    number: int
+    version: int
+    cohort: frozenset[str]
+    quorum: int
+    goal: int
+    deadline_s: float
+    seed: int
+    state: str = "open"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredUpdate:
+    """An update that counts or will: the codec's blob and what the device said about it."""
+
+    round: int
+    device: str
+    hash: bytes
+    version: int
+    examples: int
+    steps: int
+    loss: float
+    seconds: float
+    size: int
+    outcome: Literal["counted", "late"]
+    blob: bytes
+
+
+class Counted(NamedTuple):
+    """The store's verdict on an update: `hash` is the one that counts."""
+
+    is_new: bool
+    outcome: Literal["counted", "late"]
+    hash: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """All that a coordinator needs to go on with a task."""
+
+    call: int
+    version: Version
+    rounds: tuple[StoredRound, ...]
+    pending: tuple[StoredUpdate, ...]
+    reports: tuple[StoredUpdate, ...]
+
+
+class Store:
+    """The coordinator's state in one SQLite file. Every method awaits the disk."""
+
+    def __init__(self, path: str | Path, *, window_s: float = 0.01, keep: int = 100) -> None:
+        """Open or create the file at `path`.
+
+        Args:
+            path: the database; a lock file and SQLite's log stand beside it.
+            window_s: how long an update may wait for others to share its fsync.
+            keep: versions and folded update bodies kept per task; older bodies are dropped.
+
+        Raises: StoreError when the file cannot be used, is newer, or another coordinator's.
+        """
+        self._writer = Writer(Path(path), window_s=window_s)
+        self._keep = keep
+
+    @property
+    def transactions(self) -> int:
+        """Transactions committed since the store was opened."""
+        return self._writer.transactions
+
+    def close(self) -> None:
+        """Finish pending work and let go of the file."""
+        self._writer.close()
+
+    async def remember(self, known: Known) -> None:
+        """Keep a device's key and its newest status. The id is derived from the key."""
+        row = (known.device, known.key, known.name, known.sdk, known.boot, known.online)
+        await self._writer.run(lambda db: db.execute(_REMEMBER, row))
+
+    async def devices(self) -> list[Known]:
+        """Return every device ever seen."""
+        rows = await self._writer.run(lambda db: db.execute(_DEVICES).fetchall(), urgent=True)
+        return [Known(d, key, name, sdk, bool(up), boot) for d, key, name, sdk, up, boot in rows]
+
+    async def resume(self, task: str, bundle: bytes, first: Version, recent: int = 16) -> Resumed:
+        """Create the task with version 0 or find it as it was left, and begin a new call.
+
+        Args:
+            task: its name.
+            bundle: the sha256 of its bundle, which may not change in the life of a task.
+            first: version 0, used when the task is new.
+            recent: how many of the latest rounds to return.
+
+        Raises: StoreError when the task was begun with another bundle.
+        """
+
+        def work(db: sqlite3.Connection) -> Resumed:
+            _create(db, task, bundle, first)
+            db.execute("UPDATE tasks SET call = call + 1 WHERE task = ?", (task,))
+            call = int(db.execute("SELECT call FROM tasks WHERE task = ?", (task,)).fetchone()[0])
+            version = Version(*db.execute(_NEWEST, (task,)).fetchone())
+            rounds = tuple(_round(row) for row in db.execute(_ROUNDS, (task, recent)))
+            pending = tuple(StoredUpdate(*row) for row in db.execute(_PENDING, (task,)))
+            oldest = min((r.number for r in rounds), default=0)
+            reports = tuple(StoredUpdate(*row) for row in db.execute(_REPORTS, (task, oldest)))
+            return Resumed(call, version, rounds[::-1], pending, reports)
+
+        return await self._writer.run(work, urgent=True)
+
+    async def open_round(self, task: str, r: StoredRound) -> None:
+        """Begin a round: from here on it survives a restart."""
+        cohort = json.dumps(sorted(r.cohort))
+        row = (task, r.number, r.version, cohort, r.quorum, r.goal, r.deadline_s, r.seed)
+        await self._writer.run(lambda db: db.execute(_OPEN_ROUND, row), urgent=True)
+
+    async def count(self, task: str, update: StoredUpdate) -> Counted:
+        """Store an update, once a device and round; the receipt may be sent after this returns."""
+
+        def work(db: sqlite3.Connection) -> Counted:
+            u = update
+            row = (task, u.round, u.device, u.hash, u.version, u.examples, u.steps, u.loss)
+            done = db.execute(_COUNT, (*row, u.seconds, u.size, u.outcome, u.blob))
+            if done.rowcount == 1:
+                return Counted(is_new=True, outcome=u.outcome, hash=u.hash)
+            outcome, digest = db.execute(_COUNTED, (task, u.round, u.device)).fetchone()
+            return Counted(is_new=False, outcome=outcome, hash=digest)
+
+        return await self._writer.run(work)
+
+    async def commit(
+        self,
+        task: str,
+        version: Version,
+        folded: Iterable[tuple[int, str]],
+        result: Mapping[str, Any],
+    ) -> None:
+        """Add the next version, close its round and mark the (round, device) pairs it holds.
+
+        Raises: StoreError when the version is not the next one or the round is not open.
+        """
+        pairs = sorted(folded)
+
+        def work(db: sqlite3.Connection) -> None:
+            v = version
+            row = (task, v.number, v.round, v.digest, v.params, v.optimizer, task, v.number - 1)
+            if db.execute(_ADD_VERSION, row).rowcount != 1:
+                raise StoreError(f"task {task}: version {v.number} is not the next one")
+            _close_round(db, task, v.round, "commit", result)
+            _mark(db, task, v.number, pairs)
+            self._prune(db, task, v.number)
+
+        await self._writer.run(work, urgent=True)
+
+    async def abort(
+        self, task: str, number: int, result: Mapping[str, Any], aside: Iterable[tuple[int, str]]
+    ) -> None:
+        """Close a round without a version; `aside` are updates that no version will hold."""
+        pairs = sorted(aside)
+
+        def work(db: sqlite3.Connection) -> None:
+            _close_round(db, task, number, "abort", result)
+            _mark(db, task, SET_ASIDE, pairs)
+
+        await self._writer.run(work, urgent=True)
+
+    async def version(self, task: str, number: int) -> Version:
+        """Return one version of a task.
+
+        Raises: StoreError when there is none of that number, or it was pruned.
+        """
+        row = await self._writer.run(
+            lambda db: db.execute(_VERSION, (task, number)).fetchone(), urgent=True
+        )
+        if row is None:
+            raise StoreError(f"task {task} has no version {number}, or it is older than is kept")
+        return Version(*row)
+
+    def _prune(self, db: sqlite3.Connection, task: str, newest: int) -> None:
+        limit = (task, newest - self._keep)
+        # Version 0 stays: it is what every later one grew from.
+        db.execute(_PRUNE_VERSIONS, limit)
+        db.execute(_PRUNE_UPDATES, limit)
+
+
+_REMEMBER = """INSERT INTO devices (device, key, name, sdk, boot, online) VALUES (?, ?, ?, ?, ?, ?)
+    ON CONFLICT (device) DO UPDATE SET name = excluded.name, sdk = excluded.sdk,
+    boot = excluded.boot, online = excluded.online,
+    last_seen = CAST(strftime('%s', 'now') AS INTEGER)"""
+_DEVICES = "SELECT device, key, name, sdk, online, boot FROM devices ORDER BY device"
+_NEWEST = """SELECT version, round, digest, params, optimizer FROM versions
+    WHERE task = ? ORDER BY version DESC LIMIT 1"""
+_VERSION = """SELECT version, round, digest, params, optimizer FROM versions
+    WHERE task = ? AND version = ? AND params IS NOT NULL"""
+_ROUNDS = """SELECT round, version, cohort, quorum, goal, deadline_s, seed, state FROM rounds
+    WHERE task = ? ORDER BY round DESC LIMIT ?"""
+_PENDING = """SELECT
+    round, device, hash, version, examples, steps, loss, seconds, size, outcome, blob
+    FROM updates WHERE task = ? AND folded IS NULL ORDER BY round, device"""
+_REPORTS = """SELECT
+    round, device, hash, version, examples, steps, loss, seconds, size, outcome, x''
+    FROM updates WHERE task = ? AND round >= ? ORDER BY round, device"""
+_OPEN_ROUND = """INSERT INTO rounds
+    (task, round, version, state, cohort, quorum, goal, deadline_s, seed)
+    VALUES (?, ?, ?, 'open', ?, ?, ?, ?, ?)"""
+_COUNT = """INSERT INTO updates (
+    task, round, device, hash, version, examples, steps, loss, seconds, size, outcome, blob)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (task, round, device) DO NOTHING"""
+_COUNTED = "SELECT outcome, hash FROM updates WHERE task = ? AND round = ? AND device = ?"
+_ADD_VERSION = """INSERT INTO versions (task, version, round, digest, params, optimizer)
+    SELECT ?, ?, ?, ?, ?, ? WHERE (SELECT max(version) FROM versions WHERE task = ?) = ?"""
+_CLOSE_ROUND = """UPDATE rounds SET state = ?, result = ?,
+    closed_at = CAST(strftime('%s', 'now') AS INTEGER)
+    WHERE task = ? AND round = ? AND state = 'open'"""
+_MARK = """UPDATE updates SET folded = ?
+    WHERE task = ? AND round = ? AND device = ? AND folded IS NULL"""
+_PRUNE_VERSIONS = """UPDATE versions SET params = NULL, optimizer = NULL
+    WHERE task = ? AND version BETWEEN 1 AND ? AND params IS NOT NULL"""
+_PRUNE_UPDATES = """UPDATE updates SET blob = NULL
+    WHERE task = ? AND folded BETWEEN 1 AND ? AND blob IS NOT NULL"""
+
+
+def _create(db: sqlite3.Connection, task: str, bundle: bytes, first: Version) -> None:
+    known = db.execute("SELECT bundle FROM tasks WHERE task = ?", (task,)).fetchone()
+    if known is not None:
+        if known[0] != bundle:
+            raise StoreError(
+                f"task {task} was begun with bundle {known[0].hex()[:12]}, not "
+                f"{bundle.hex()[:12]}: give the new bundle a new task name"
+            )
+        return
+    db.execute("INSERT INTO tasks (task, bundle) VALUES (?, ?)", (task, bundle))
+    row = (task, first.number, first.round, first.digest, first.params, first.optimizer)
+    db.execute(
+        "INSERT INTO versions (task, version, round, digest, params, optimizer) "
+        "VALUES (?, ?, ?, ?, ?, ?)",
+        row,
+    )
+
+
+def _round(row: tuple[Any, ...]) -> StoredRound:
+    number, version, cohort, quorum, goal, deadline_s, seed, state = row
+    devices = frozenset(cast("list[str]", json.loads(cohort)))
+    return StoredRound(number, version, devices, quorum, goal, deadline_s, seed, state)
+
+
+def _close_round(
+    db: sqlite3.Connection, task: str, number: int, state: str, result: Mapping[str, Any]
+) -> None:
+    text = json.dumps(result, sort_keys=True)
+    if db.execute(_CLOSE_ROUND, (state, text, task, number)).rowcount != 1:
+        raise StoreError(f"task {task}: round {number} is not open")
+
+
+def _mark(db: sqlite3.Connection, task: str, folded: int, pairs: list[tuple[int, str]]) -> None:
+    marked = db.executemany(_MARK, [(folded, task, r, d) for r, d in pairs]).rowcount
+    if pairs and marked != len(pairs):
+        raise StoreError(f"task {task}: {len(pairs) - marked} updates were folded before")
