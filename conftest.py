@@ -1,14 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules of the whole suite: where a skip is a failure, and that no test leaves threads behind."""
+"""Rules of the whole suite: where a skip is a failure, where data stands, and the table of figures."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from pathlib import Path
 
 import pytest
 
 NO_SKIPS = os.environ.get("FEDGE_NO_SKIPS") == "1"
+FIGURES: list[tuple[str, str, str]] = []
+
+
+@pytest.fixture
+def figure() -> Callable[[str, object, str], None]:
+    """Note a measured figure next to its target; all are printed as a table at the end."""
+
+    def note(name: str, value: object, target: str = "") -> None:
+        FIGURES.append((name, f"{value:.4g}" if isinstance(value, float) else str(value), target))
+
+    return note
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Return the folder of reference data and models, which FEDGE_SHARED names."""
+    folder = os.environ.get("FEDGE_SHARED")
+    if folder and (Path(folder) / "data" / "load.py").exists():
+        return Path(folder)
+    reason = "FEDGE_SHARED does not name the folder of reference data"
+    if os.environ.get("FEDGE_REQUIRE_DATA") == "1":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def seeds() -> Callable[[int], range]:
+    """Return one seed, or as many as asked for where FEDGE_ALL_SEEDS=1 (`scripts/test --all`)."""
+    return lambda count: range(count if os.environ.get("FEDGE_ALL_SEEDS") == "1" else 1)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -21,3 +51,13 @@ def pytest_runtest_makereport(
         report.outcome = "failed"
         report.longrepr = f"{item.nodeid} skipped where no skip is allowed: {report.longrepr}"
     return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the figures that the tests noted."""
+    if not FIGURES:
+        return
+    terminalreporter.section("figures")
+    width = max(len(name) for name, _, _ in FIGURES)
+    for name, value, target in FIGURES:
+        terminalreporter.write_line(f"{name:<{width}}  {value:>12}  {target}")
