@@ -1,0 +1,362 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The device's side of the protocol as a pure state machine: ``step(state, event)``.
+
+Each event changes what is known; one plan then says what to do about it, so that the order in
+which the network delivers things does not matter. One round at a time: an invitation to a newer
+round waits until the current one is sent, or replaces it when that one is long overdue. Pure: no
+clock (a `Tick` carries the time), socket, thread, file or log.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from edge_sdk.events import (
+    Action,
+    CheckIn,
+    ConditionsChanged,
+    Connected,
+    Disconnected,
+    Drop,
+    Event,
+    Fetch,
+    Fetched,
+    FetchFailed,
+    Invited,
+    ModelReady,
+    ModelRefused,
+    Offered,
+    Receipted,
+    Resend,
+    Sent,
+    StopTraining,
+    Submit,
+    SwitchModel,
+    Tick,
+    Train,
+    Trained,
+    TrainFailed,
+)
+
+RESEND_FIRST_S = 20.0
+RESEND_LONGEST_S = 600.0
+RETRY_FIRST_S = 5.0
+RETRY_LONGEST_S = 600.0
+CHECK_IN_AGAIN_S = 900.0  # a broker may lose a check-in that it acknowledged
+
+
+class Phase(Enum):
+    """Where the round under way stands."""
+
+    INVITED = "invited"
+    TRAINING = "training"
+    STOPPING = "stopping"
+    SUBMITTING = "submitting"
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """The round under way, or the one that waits its turn."""
+
+    invite: Invited
+    deadline_at: float
+    phase: Phase = Phase.INVITED
+
+
+@dataclass(frozen=True, slots=True)
+class Unreceipted:
+    """An update in the outbox, and when to send it again."""
+
+    update: bytes
+    round: int
+    due_at: float = 0.0
+    wait_s: float = RESEND_FIRST_S
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """Something failed: when it may be tried again, and how long to wait after the next failure."""
+
+    at: float = 0.0
+    wait_s: float = RETRY_FIRST_S
+
+    def after(self, now: float) -> Retry:
+        """Return the state after one more failure."""
+        return Retry(now + self.wait_s, min(2 * self.wait_s, RETRY_LONGEST_S))
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """All that the device knows of its dealings with the coordinator."""
+
+    min_examples: int = 1
+    now: float = 0.0
+    is_online: bool = False
+    may_train: bool = False
+    examples: int = 0
+    offer: Offered | None = None
+    stands: CheckIn | None = None
+    stands_at: float = 0.0
+    bundle: bytes = b""  # on disk
+    weights: bytes = b""  # on disk
+    model: ModelReady | None = None  # in use
+    fetching: Fetch | None = None
+    switching: SwitchModel | None = None
+    refused: bytes = b""  # weights that made no working model: not tried again
+    fetch_retry: Retry = Retry()
+    train_retry: Retry = Retry()
+    round: Round | None = None
+    following: Round | None = None
+    declined: bool = False
+    sent_round: int = -1
+    unreceipted: tuple[Unreceipted, ...] = ()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether an invitation would be taken up now."""
+        return (
+            self.may_train
+            and self.examples >= self.min_examples
+            and self.now >= self.train_retry.at
+            and self.offer is not None
+            and self.model is not None
+            and self.model.bundle == self.offer.bundle
+        )
+
+
+def step(state: Session, event: Event) -> tuple[Session, tuple[Action, ...]]:
+    """Take in one event; return the new state and what to do, in order."""
+    state, first = _learn(state, event)
+    actions = list(first)
+    for plan in (_plan_model, _plan_round, _plan_check_in, _plan_resend):
+        state, more = plan(state)
+        actions += more
+    return state, tuple(actions)
+
+
+def next_due(state: Session) -> float | None:
+    """Return when a `Tick` would next change something; None when nothing waits for time."""
+    times = [u.due_at for u in state.unreceipted if state.is_online]
+    times += [retry.at for retry in (state.fetch_retry, state.train_retry) if retry.at > state.now]
+    if state.stands is not None and state.stands.ready:
+        times.append(state.stands_at + CHECK_IN_AGAIN_S)
+    if state.round is not None and state.round.phase is Phase.INVITED:
+        times.append(state.round.deadline_at)
+    elif state.round is not None and state.round.phase is Phase.TRAINING and state.following:
+        times.append(_overdue_at(state.round))
+    return min(times, default=None)
+
+
+# --- what an event changes ----------------------------------------------------------------------
+def _learn(state: Session, event: Event) -> tuple[Session, tuple[Action, ...]]:  # noqa: PLR0911
+    match event:
+        case Offered():
+            return _offered(state, event), ()
+        case Invited():
+            return _invited(state, event), ()
+        case Fetched() | FetchFailed():
+            return _fetch_ended(state, event), ()
+        case ModelReady() | ModelRefused():
+            return _switch_ended(state, event), ()
+        case Trained():
+            return _trained(state, event)
+        case Receipted():
+            return _receipted(state, event)
+        case _:
+            return _surroundings(state, event), ()
+
+
+def _surroundings(
+    state: Session,
+    event: Tick | Connected | Disconnected | ConditionsChanged | TrainFailed | Sent,
+) -> Session:
+    match event:
+        case Tick(now):
+            return replace(state, now=max(now, state.now))
+        case Connected():
+            return _all_due(replace(state, is_online=True, stands=None))
+        case Disconnected():
+            return replace(state, is_online=False, stands=None)
+        case ConditionsChanged(hold, examples):
+            return replace(state, may_train=hold, examples=examples)
+        case TrainFailed():
+            return _train_failed(state, event)
+        case Sent():
+            return _sent(state, event)
+
+
+def _all_due(state: Session) -> Session:
+    due = tuple(replace(u, due_at=state.now, wait_s=RESEND_FIRST_S) for u in state.unreceipted)
+    return replace(state, unreceipted=due)
+
+
+def _offered(state: Session, offer: Offered) -> Session:
+    known = state.offer
+    if known is None or known.call != offer.call:  # the coordinator started anew
+        state = _all_due(replace(state, stands=None))
+    if known is None or (known.bundle, known.model) != (offer.bundle, offer.model):
+        state = replace(state, fetch_retry=Retry())
+    return replace(state, offer=offer)
+
+
+def _invited(state: Session, invite: Invited) -> Session:
+    if any(u.round == invite.round for u in state.unreceipted):  # it has not seen our update
+        return _all_due(state)
+    if invite.round == state.sent_round:
+        return state
+    fresh = Round(invite, state.now + invite.deadline_s)
+    current = state.round
+    if current is None or (current.phase is Phase.INVITED and invite.round > current.invite.round):
+        return replace(state, round=fresh)
+    waiting = state.following.invite.round if state.following else current.invite.round
+    return replace(state, following=fresh) if invite.round > waiting else state
+
+
+def _fetch_ended(state: Session, event: Fetched | FetchFailed) -> Session:
+    wanted = state.fetching
+    if wanted is None or (wanted.what, wanted.digest) != (event.what, event.digest):
+        return state
+    state = replace(state, fetching=None)
+    if isinstance(event, FetchFailed):
+        return replace(state, fetch_retry=state.fetch_retry.after(state.now))
+    state = replace(state, fetch_retry=Retry())
+    if event.what == "bundle":
+        return replace(state, bundle=event.digest)
+    return replace(state, weights=event.digest)
+
+
+def _switch_ended(state: Session, event: ModelReady | ModelRefused) -> Session:
+    state = replace(state, switching=None)
+    if isinstance(event, ModelReady):
+        return replace(state, model=event, bundle=event.bundle, weights=event.model)
+    return replace(state, refused=event.model)
+
+
+def _trained(state: Session, event: Trained) -> tuple[Session, tuple[Action, ...]]:
+    current = state.round
+    if current is None or current.invite.round != event.round or not _is_training(current):
+        return state, ()
+    submitting = replace(current, phase=Phase.SUBMITTING)
+    return replace(state, round=submitting), (Submit(event.round),)
+
+
+def _train_failed(state: Session, event: TrainFailed) -> Session:
+    if state.round is None or state.round.invite.round != event.round:
+        return state
+    retry = state.train_retry.after(state.now)
+    return replace(state, round=None, declined=True, train_retry=retry)
+
+
+def _sent(state: Session, event: Sent) -> Session:
+    waiting = Unreceipted(event.update, event.round, state.now + RESEND_FIRST_S)
+    state = replace(
+        state,
+        unreceipted=(*state.unreceipted, waiting),
+        sent_round=event.round,
+        train_retry=Retry(),
+    )
+    if state.round is not None and state.round.invite.round == event.round:
+        state = replace(state, round=None)
+    return state
+
+
+def _receipted(state: Session, event: Receipted) -> tuple[Session, tuple[Action, ...]]:
+    left = tuple(u for u in state.unreceipted if u.update != event.update)
+    if len(left) == len(state.unreceipted):
+        return state, ()
+    is_counted = event.outcome == "duplicate" and event.counted == event.update
+    accepted = event.outcome in {"counted", "late"} or is_counted
+    return replace(state, unreceipted=left), (Drop(event.update, accepted),)
+
+
+# --- what to do about it ------------------------------------------------------------------------
+def _plan_model(state: Session) -> tuple[Session, list[Action]]:
+    offer = state.offer
+    if offer is None or state.switching is not None or not _wants(state, offer):
+        return state, []
+    if state.bundle != offer.bundle:
+        return _fetch(state, Fetch("bundle", offer.bundle, offer.bundle_size))
+    if state.weights != offer.model:
+        return _fetch(state, Fetch("weights", offer.model, offer.model_size))
+    switch = SwitchModel(offer.bundle, offer.model, offer.version)
+    return replace(state, switching=switch), [switch]
+
+
+def _wants(state: Session, offer: Offered) -> bool:
+    if offer.model == state.refused:
+        return False
+    model = state.model
+    return model is None or (model.bundle, model.model, model.version) != (
+        offer.bundle,
+        offer.model,
+        offer.version,
+    )
+
+
+def _fetch(state: Session, fetch: Fetch) -> tuple[Session, list[Action]]:
+    if state.fetching == fetch or not state.is_online or state.now < state.fetch_retry.at:
+        return state, []
+    return replace(state, fetching=fetch), [fetch]
+
+
+def _plan_round(state: Session) -> tuple[Session, list[Action]]:
+    if state.round is None and state.following is not None:
+        state = replace(state, round=state.following, following=None)
+    current = state.round
+    if current is None:
+        return state, []
+    if current.phase is Phase.INVITED:
+        return _take_up(state, current)
+    is_abandoned = state.following is not None and state.now >= _overdue_at(current)
+    if current.phase is Phase.TRAINING and (is_abandoned or not state.may_train):
+        stopping = replace(current, phase=Phase.STOPPING)
+        return replace(state, round=stopping), [StopTraining(current.invite.round)]
+    return state, []
+
+
+def _take_up(state: Session, current: Round) -> tuple[Session, list[Action]]:
+    model, offer = state.model, state.offer
+    is_gone = offer is not None and offer.version > current.invite.version
+    if is_gone or state.now >= current.deadline_at:
+        return replace(state, round=None), []
+    if not state.is_ready:
+        return replace(state, round=None, declined=True), []
+    if model is None or model.model != current.invite.model:
+        return state, []  # its weights are on the way
+    training = replace(current, phase=Phase.TRAINING)
+    return replace(state, round=training), [Train(current.invite.round)]
+
+
+def _plan_check_in(state: Session) -> tuple[Session, list[Action]]:
+    offer, declined = state.offer, state.declined
+    state = replace(state, declined=False)
+    if offer is None or not offer.is_open or not state.is_online:
+        return replace(state, stands=None), []
+    ready, stands = state.is_ready, state.stands
+    is_old = stands is not None and state.now >= state.stands_at + CHECK_IN_AGAIN_S
+    stood = stands is not None and stands.ready
+    if not (declined or ready != stood or (ready and is_old)):
+        return state, []
+    checked_in = CheckIn(offer.call, ready and not declined, state.examples)
+    return replace(state, stands=checked_in, stands_at=state.now), [checked_in]
+
+
+def _plan_resend(state: Session) -> tuple[Session, list[Action]]:
+    if not state.is_online:
+        return state, []
+    due = [u for u in state.unreceipted if u.due_at <= state.now]
+    later = tuple(_again(u, state.now) if u in due else u for u in state.unreceipted)
+    return replace(state, unreceipted=later), [Resend(u.update) for u in due]
+
+
+def _again(u: Unreceipted, now: float) -> Unreceipted:
+    return replace(u, due_at=now + u.wait_s, wait_s=min(2 * u.wait_s, RESEND_LONGEST_S))
+
+
+def _is_training(current: Round) -> bool:
+    return current.phase in {Phase.TRAINING, Phase.STOPPING}
+
+
+def _overdue_at(current: Round) -> float:
+    return current.deadline_at + current.invite.deadline_s
