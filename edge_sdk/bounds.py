@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a field of a message may hold: a type and its bound in one name. Pure."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple, TypeAlias
+
+from edge_sdk.types import Spec
+
+MAX_PART_BYTES = 2**30
+MAX_SLICES = 65_535
+MAX_SECONDS = 31 * 86_400.0
+
+
+def _as_is(value: object) -> object:
+    return value
+
+
+class Bound(NamedTuple):
+    """A test, the words for what passes it, and how a sender's value is made plain first."""
+
+    says: str
+    holds: Callable[[object], bool]
+    tidy: Callable[[object], object] = _as_is
+
+
+def _is_a(kind: type, value: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _integer(low: int, high: int) -> Bound:
+    def holds(value: Any) -> bool:
+        return _is_a(int, value) and low <= value <= high
+
+    def tidy(value: Any) -> object:  # numpy's integers
+        return int(value) if _is_a(numbers.Integral, value) else value
+
+    return Bound(f"an integer of {low} to {high}", holds, tidy)
+
+
+def _number(low: float, high: float, says: str) -> Bound:
+    def holds(value: Any) -> bool:
+        return isinstance(value, float) and math.isfinite(value) and low <= value <= high
+
+    def tidy(value: Any) -> object:  # integers, and numpy's floats
+        return float(value) if _is_a(numbers.Real, value) else value
+
+    return Bound(says, holds, tidy)
+
+
+def _text(size: int) -> Bound:
+    def holds(value: Any) -> bool:  # printable: it will stand in logs and on terminals
+        return isinstance(value, str) and len(value) <= size and value.isprintable()
+
+    return Bound(f"at most {size} printable characters", holds)
+
+
+def _one_line(value: object) -> object:
+    return "".join(filter(str.isprintable, " ".join(str(value).split())))[:200]
+
+
+def _hash(size: int) -> Bound:
+    return Bound(f"{size} bytes", lambda value: isinstance(value, bytes) and len(value) == size)
+
+
+def _one_of(*words: str) -> Bound:
+    return Bound(f"one of {', '.join(words)}", lambda value: value in words)
+
+
+def _maybe(bound: Bound) -> Bound:
+    def holds(value: Any) -> bool:
+        return value is None or bound.holds(value)
+
+    return Bound(f"{bound.says}, or nothing", holds, bound.tidy)
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_spec(value: object) -> bool:
+    return isinstance(value, list) and 0 < len(value) <= 16 and _is_plain(value, 5)
+
+
+def _is_plain(value: object, depth: int) -> bool:
+    if isinstance(value, list):
+        return depth > 0 and len(value) <= 16 and all(_is_plain(v, depth - 1) for v in value)
+    if isinstance(value, dict):
+        pairs = value.items()
+        return (
+            depth > 0
+            and len(value) <= 16
+            and all(
+                isinstance(k, str) and len(k) <= 32 and _is_plain(v, depth - 1) for k, v in pairs
+            )
+        )
+    if isinstance(value, str):
+        return len(value) <= 32 and value.isprintable()
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or isinstance(value, int)
+
+
+_REAL = _number(-math.inf, math.inf, "a finite float")
+_SECONDS = _number(0.0, MAX_SECONDS, "seconds, a float of 0 to 31 days")
+_NATURAL = _integer(1, 2**32 - 1)
+
+Flag: TypeAlias = Annotated[bool, Bound("true or false", _is_flag)]
+Word32: TypeAlias = Annotated[int, _integer(0, 2**32 - 1)]
+Word63: TypeAlias = Annotated[int, _integer(0, 2**63 - 1)]
+Natural: TypeAlias = Annotated[int, _NATURAL]
+SliceCount: TypeAlias = Annotated[int, _integer(1, MAX_SLICES)]
+PartSize: TypeAlias = Annotated[int, _integer(1, MAX_PART_BYTES)]
+Real: TypeAlias = Annotated[float, _REAL]
+Seconds: TypeAlias = Annotated[float, _SECONDS]
+Label: TypeAlias = Annotated[str, _text(64)]
+Sentence: TypeAlias = Annotated[str, _text(200)._replace(tidy=_one_line)]
+Hash16: TypeAlias = Annotated[bytes, _hash(16)]
+Hash32: TypeAlias = Annotated[bytes, _hash(32)]
+OfferState: TypeAlias = Annotated[str, _one_of("open", "closed")]
+Outcome: TypeAlias = Annotated[str, _one_of("counted", "late", "stale", "refused", "duplicate")]
+PartKind: TypeAlias = Annotated[str, _one_of("bundle", "weights")]
+CodecSpec: TypeAlias = Annotated[Spec, Bound("a codec, as lists of names and numbers", _is_spec)]
+MaybeNatural: TypeAlias = Annotated[int | None, _maybe(_NATURAL)]
+MaybeReal: TypeAlias = Annotated[float | None, _maybe(_REAL)]
+MaybeSeconds: TypeAlias = Annotated[float | None, _maybe(_SECONDS)]
+MaybeHash16: TypeAlias = Annotated[bytes | None, _maybe(_hash(16))]
