@@ -284,11 +284,14 @@ def _check_patches(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> Non
     ort = manifest["graphs"].get("ort")
     end = sizes[ort["predict"]] if ort else 0
     shapes = [p["shape"] for p in manifest["params"]]
+    weights = {p["param"]: p["scales"] for p in manifest["patches"] if p["kind"] == "quantized"}
     spans: list[tuple[int, int, int]] = []
     for i, patch in enumerate(manifest["patches"]):
         field = f"patches[{i}]"
         if patch["param"] is not None and patch["param"] >= len(shapes):
             _fail(f"{field}.param", f"an index below {len(shapes)}", patch["param"])
+        if "weight" in patch and weights.get(patch["weight"]) not in {1, patch["scales"]}:
+            _fail(f"{field}.weight", "a quantized parameter with as many scales", patch["weight"])
         spans += [(a, b, i) for a, b in _spans(field, patch, shapes)]
     spans.sort()
     for (_, before, _), (start, _, i) in itertools.pairwise(spans):
@@ -311,7 +314,7 @@ def _spans(field: str, patch: Mapping[str, Any], shapes: list[list[int]]) -> lis
         _check_quantized(field, patch, shape)
         width = 1
     else:
-        _check_bias(field, patch, shape, shapes)
+        _check_bias(field, patch, shape)
         width = 4
     scale_at = patch["scale_offset"]
     return [(at, at + width * numbers), (scale_at, scale_at + 4 * scales)]
@@ -331,13 +334,9 @@ def _check_quantized(field: str, patch: Mapping[str, Any], shape: list[int]) -> 
         _fail(f"{field}.zero_point", f"1 or {scales} values of {patch['dtype']}", points)
 
 
-def _check_bias(
-    field: str, patch: Mapping[str, Any], shape: list[int], shapes: list[list[int]]
-) -> None:
+def _check_bias(field: str, patch: Mapping[str, Any], shape: list[int]) -> None:
     if ("weight" in patch) == ("weight_scale" in patch):
         _fail(f"{field}.weight", "weight or weight_scale, one of the two", patch.get("weight"))
-    if "weight" in patch and patch["weight"] >= len(shapes):
-        _fail(f"{field}.weight", f"an index below {len(shapes)}", patch["weight"])
     scales = patch["scales"]
     if scales not in {1, math.prod(shape)}:
         _fail(f"{field}.scales", f"1 or {math.prod(shape)}", scales)

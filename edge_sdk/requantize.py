@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trained float32 masters back into the inference model, as bytes at recorded offsets. Pure numpy.
+
+The scale of a quantized tensor follows its master: max(max(W)/(qmax-zp), max(-W)/(zp-qmin), TINY),
+with int8's qmin at -127; then q = clip(rint(W/scale) + zp). A scale kept from before training costs
+most of what was learned. int32 biases follow the scale of their weight. A tensor whose master is
+bit-equal to its initial value keeps its original bytes, so an untrained model comes out as it came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_sdk.bundle import Bundle
+from edge_sdk.errors import BundleError
+from edge_sdk.params import flatten
+from edge_sdk.types import Array, Params
+
+TINY = np.finfo(np.float32).tiny
+_INT32 = np.iinfo(np.int32)
+Patch = Mapping[str, Any]
+
+
+def requantize(bundle: Bundle, params: Params, engine: str = "ort") -> bytes:
+    """Return the bundle's predict model with `params` (float32, by name) written into it.
+
+    Raises: ValueError when a tensor is missing or of another shape; BundleError when one is not
+    finite.
+    """
+    shapes = bundle.shapes
+    if not np.isfinite(flatten(params, shapes)).all():
+        bad = [n for n in shapes if not np.isfinite(params[n]).all()]
+        raise BundleError(f"expected finite weights, got NaN or infinity in {bad}; keep the last")
+    initial = bundle.params()
+    values = [np.ascontiguousarray(params[name], np.float32) for name in shapes]
+    changed = [values[i].tobytes() != initial[n].tobytes() for i, n in enumerate(shapes)]
+    model = bytearray(bundle.graph(engine, "predict"))
+    patches: list[Patch] = bundle.manifest["patches"]
+    weights = {p["param"]: p for p in patches if p["kind"] == "quantized"}
+    for patch in patches:
+        if patch["kind"] == "float32" and changed[patch["param"]]:
+            _put(model, patch["offset"], values[patch["param"]].astype("<f4"))
+        elif patch["kind"] == "quantized" and changed[patch["param"]]:
+            _quantized(model, patch, values[patch["param"]])
+    for patch in patches:  # after the weights, whose new scales they take
+        follows = "weight" in patch and changed[patch["weight"]]
+        if patch["kind"] == "bias" and (follows or _is_changed(patch, changed)):
+            _bias(model, patch, _bias_values(model, patch, values), weights)
+    return bytes(model)
+
+
+def scale_of(weight: Array, dtype: str, axis: int | None, zero_point: NDArray[Any]) -> Array:
+    """Return the scale(s) that a quantized master takes: float32, `[]` or `[weight.shape[axis]]`.
+
+    Where a zero point leaves no room on one side (uint8 with 0), that side sets no scale: its
+    values are clipped.
+    """
+    low, high = limits(dtype)
+    over = None if axis is None else tuple(i for i in range(weight.ndim) if i != axis)
+    zero = np.asarray(zero_point, np.float32)
+    most = np.asarray(np.max(weight, over, initial=0), np.float32)
+    least = np.asarray(np.max(-weight, over, initial=0), np.float32)
+    above, below = _ratio(most, np.float32(high) - zero), _ratio(least, zero - np.float32(low))
+    return np.asarray(np.maximum(np.maximum(above, below), TINY), np.float32)
+
+
+def limits(dtype: str) -> tuple[int, int]:
+    """Return the least and the greatest integer that weights of `dtype` take."""
+    info = np.iinfo(dtype)
+    return (-127 if dtype == "int8" else int(info.min)), int(info.max)
+
+
+def quantize(
+    weight: Array, scale: Array, dtype: str, axis: int | None, zero_point: NDArray[Any]
+) -> NDArray[Any]:
+    """Return clip(rint(weight/scale) + zero_point) in `dtype`, of the weight's shape."""
+    low, high = limits(dtype)
+    levels = np.rint(weight / along(scale, axis, weight.ndim)).astype(np.float64)
+    shifted = levels + along(np.asarray(zero_point), axis, weight.ndim)
+    return np.asarray(np.clip(shifted, low, high), dtype)
+
+
+def along(values: NDArray[Any], axis: int | None, ndim: int) -> NDArray[Any]:
+    """Shape one value per index of `axis` so that it broadcasts over a tensor of `ndim` axes."""
+    if axis is None or values.ndim == 0:
+        return values
+    return values.reshape([-1 if i == axis else 1 for i in range(ndim)])
+
+
+def _ratio(size: Array, room: Array) -> Array:
+    has_room = room > 0
+    return np.where(has_room, size / np.where(has_room, room, np.float32(1)), np.float32(0))
+
+
+def _quantized(model: bytearray, patch: Patch, weight: Array) -> None:
+    axis, dtype = patch["axis"], patch["dtype"]
+    zero = np.asarray(patch["zero_point"])
+    if axis is None:
+        zero = zero.reshape(())
+    scale = scale_of(weight, dtype, axis, zero)
+    _put(model, patch["offset"], quantize(weight, scale, dtype, axis, zero))
+    _put(model, patch["scale_offset"], np.broadcast_to(scale, patch["scales"]).astype("<f4"))
+
+
+def _is_changed(patch: Patch, changed: list[bool]) -> bool:
+    return patch["param"] is not None and changed[patch["param"]]
+
+
+def _bias_values(model: bytearray, patch: Patch, values: list[Array]) -> NDArray[np.float64]:
+    """Return a trained bias's master, or a frozen one's value as the model holds it."""
+    if patch["param"] is not None:
+        return values[patch["param"]].astype(np.float64).ravel()
+    size = int(np.prod(patch["shape"], dtype=np.int64))
+    levels = np.frombuffer(model, "<i4", size, patch["offset"]).astype(np.float64)
+    scale = np.frombuffer(model, "<f4", patch["scales"], patch["scale_offset"])
+    return np.asarray(levels * scale, np.float64)
+
+
+def _bias(
+    model: bytearray, patch: Patch, bias: NDArray[np.float64], weights: Mapping[int, Patch]
+) -> None:
+    scale = np.broadcast_to(_bias_scale(model, patch, weights), patch["scales"])
+    levels = np.clip(np.rint(bias / scale), _INT32.min, _INT32.max)
+    _put(model, patch["offset"], levels.astype("<i4"))
+    _put(model, patch["scale_offset"], scale.astype("<f4"))
+
+
+def _bias_scale(model: bytearray, patch: Patch, weights: Mapping[int, Patch]) -> Array:
+    if "weight_scale" in patch:
+        weight_scale = np.asarray(patch["weight_scale"], np.float32)
+    else:
+        weight = weights[patch["weight"]]
+        at, n = weight["scale_offset"], weight["scales"]
+        weight_scale = np.frombuffer(model, "<f4", n, at).astype(np.float32)
+    return np.asarray(np.maximum(np.float32(patch["input_scale"]) * weight_scale, TINY))
+
+
+def _put(model: bytearray, offset: int, values: NDArray[Any]) -> None:
+    data = values.tobytes()
+    model[offset : offset + len(data)] = data
