@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A device's state folder: who it is, whom it trusts, the last good model, the residual.
+
+Every file is replaced whole or not at all. Whatever state they are in, the device starts: what is
+damaged is set aside under the name ``*.damaged``, logged, and what can be had again is had again.
+
+    identity.key      Ed25519, 0600            coordinator.key   whom we trust, hex
+    bundles/*.fedge   by digest                weights/*.bin     flat float32, by sha256
+    model.json        what predictions use     residual.bin      the codec's state
+    outbox/           updates without receipt  samples/          examples: never leave the board
+    train/            the training child's     boot, lock, status.json
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from edge_sdk import files
+from edge_sdk.bundle import Bundle
+from edge_sdk.errors import BundleError, StoreError
+from edge_sdk.signing import DeviceKey
+from edge_sdk.types import Spec
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+MAX_SMALL_BYTES = 2**16
+
+
+@dataclass(frozen=True, slots=True)
+class ModelName:
+    """Which model predictions use: hex digests of bundle and weights, and the version."""
+
+    bundle: str
+    weights: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Residual:
+    """A codec's state as bytes, and what it is only good for: that codec, on that bundle."""
+
+    spec: Spec
+    bundle: str
+    state: bytes
+
+    def to_bytes(self) -> bytes:
+        """Return one self-checking record."""
+        head = json.dumps({"spec": self.spec, "bundle": self.bundle}).encode() + b"\n"
+        return zlib.crc32(head + self.state).to_bytes(4, "little") + head + self.state
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Residual:
+        """Read a record back.
+
+        Raises: ValueError when it does not add up.
+        """
+        if zlib.crc32(data[4:]) != int.from_bytes(data[:4], "little"):
+            raise ValueError("its checksum does not hold")
+        head, _, state = data[4:].partition(b"\n")
+        fields = json.loads(head)
+        return cls(fields["spec"], fields["bundle"], state)
+
+
+class Store:
+    """The folder of one device, held by one process at a time.
+
+    Raises: StoreError when the folder cannot be used, or another process holds it.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder).expanduser()
+        self.samples = self.folder / "samples"
+        self.outbox = self.folder / "outbox"
+        self.train = self.folder / "train"
+        self._bundles = self.folder / "bundles"
+        self._weights = self.folder / "weights"
+        self._make_folders()
+        self._lock = self._take_lock()
+
+    def close(self) -> None:
+        """Let another process have the folder."""
+        os.close(self._lock)
+
+    def identity(self) -> DeviceKey:
+        """Return this device's key, made the first time; a damaged one makes it a new device."""
+        path = self.folder / "identity.key"
+        if path.exists() and path.stat().st_mode & 0o077:
+            path.chmod(0o600)
+        try:
+            return DeviceKey.load_or_create(path)
+        except StoreError as error:
+            self._set_aside(path, error)
+            return DeviceKey.load_or_create(path)
+
+    def count_boot(self) -> int:
+        """Return a number that grows with each start."""
+        path = self.folder / "boot"
+        boot = (self._read(path, lambda data: max(0, int(data))) or 0) + 1
+        files.write(path, str(boot).encode(), mode=0o600)
+        return boot
+
+    def trusted(self) -> bytes | None:
+        """Return the public key of the coordinator that this device trusts, if any yet."""
+        return self._read(self.folder / "coordinator.key", _key)
+
+    def trust(self, key: bytes) -> None:
+        """Trust this coordinator, and no other, from now on."""
+        files.write(self.folder / "coordinator.key", key.hex().encode() + b"\n", mode=0o600)
+
+    def bundle_path(self, digest: str) -> Path:
+        """Return where a bundle is, or would be."""
+        return self._bundles / f"{digest}.fedge"
+
+    def bundle(self, digest: str) -> Bundle | None:
+        """Return a bundle that is here and whole, else None."""
+        path = self.bundle_path(digest)
+        bundle = self._read(path, Bundle.from_bytes, limit=None)
+        if bundle is not None and bundle.digest != digest:
+            self._set_aside(path, ValueError("it is another bundle"))
+            return None
+        return bundle
+
+    def any_bundle(self) -> Bundle | None:
+        """Return the newest whole bundle here: what to go on with if ``model.json`` is lost."""
+        found = sorted(self._bundles.glob("*.fedge"), key=lambda p: p.stat().st_mtime, reverse=True)
+        return next(filter(None, (self.bundle(path.stem) for path in found)), None)
+
+    def put_bundle(self, bundle: Bundle) -> None:
+        """Keep a bundle."""
+        files.write(self.bundle_path(bundle.digest), bundle.data, mode=0o600)
+
+    def weights_path(self, digest: str) -> Path:
+        """Return where weights are, or would be."""
+        return self._weights / f"{digest}.bin"
+
+    def weights(self, digest: str) -> bytes | None:
+        """Return weights (flat little-endian float32) that are here and whole, else None."""
+
+        def check(data: bytes) -> bytes:
+            if hashlib.sha256(data).hexdigest() != digest:
+                raise ValueError("its sha256 is not its name")
+            return data
+
+        return self._read(self.weights_path(digest), check, limit=None)
+
+    def put_weights(self, data: bytes) -> str:
+        """Keep weights; return their sha256 in hex."""
+        digest = hashlib.sha256(data).hexdigest()
+        files.write(self.weights_path(digest), data, mode=0o600)
+        return digest
+
+    def model(self) -> ModelName | None:
+        """Return which model was last in use, None the first time."""
+        return self._read(self.folder / "model.json", _model_name)
+
+    def set_model(self, name: ModelName) -> None:
+        """Remember which model is in use."""
+        self._write_json("model.json", asdict(name))
+
+    def residual(self, spec: Spec, bundle: str) -> bytes:
+        """Return the codec's state for this codec on this bundle; empty when there is none."""
+        known = self._read(self.folder / "residual.bin", Residual.from_bytes, limit=None)
+        is_ours = known is not None and (known.spec, known.bundle) == (_plain(spec), bundle)
+        return known.state if known is not None and is_ours else b""
+
+    def set_residual(self, record: bytes) -> None:
+        """Keep a `Residual` record, as it lay in the outbox."""
+        files.write(self.folder / "residual.bin", record, mode=0o600)
+
+    def write_status(self, status: dict[str, Any]) -> None:
+        """Write ``status.json``: what a running device says of itself to whoever looks."""
+        self._write_json("status.json", status)
+
+    def forget_models(self, keep: Iterable[str]) -> None:
+        """Delete bundles and weights but those whose hex digest is in `keep`."""
+        kept = set(keep)
+        for path in (*self._bundles.glob("*.fedge"), *self._weights.glob("*.bin")):
+            if path.stem not in kept:
+                files.remove(path)
+
+    def clear_training(self) -> None:
+        """Delete what the training child left."""
+        for path in self.train.iterdir():
+            if path.is_file():
+                files.remove(path)
+
+    def _make_folders(self) -> None:
+        for folder in (self.folder, self.samples, self.outbox, self.train, self._bundles):
+            self._make_folder(folder)
+        self._make_folder(self._weights)
+        for folder in (self.folder, self._bundles, self._weights):
+            files.sweep(folder)
+
+    def _make_folder(self, folder: Path) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except FileExistsError:  # a file where the folder should be
+            self._set_aside(folder, ValueError("expected a folder"))
+            folder.mkdir(mode=0o700)
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise StoreError(
+                f"cannot make folder {folder}: {why}; set another state folder"
+            ) from error
+
+    def _take_lock(self) -> int:
+        handle = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(handle)
+            raise StoreError(
+                f"another process uses {self.folder}; stop it, or set another state folder"
+            ) from error
+        return handle
+
+    def _read(
+        self, path: Path, parse: Callable[[bytes], T], limit: int | None = MAX_SMALL_BYTES
+    ) -> T | None:
+        try:
+            with path.open("rb") as file:
+                data = file.read() if limit is None else file.read(limit)
+            return parse(data)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, BundleError) as error:
+            self._set_aside(path, error)
+            return None
+
+    def _set_aside(self, path: Path, error: Exception) -> None:
+        log.warning("state damaged, set aside file=%s reason=%s", path.name, error)
+        with contextlib.suppress(OSError):  # the next write to this name will say what is wrong
+            path.replace(path.with_name(path.name + ".damaged"))
+
+    def _write_json(self, name: str, value: dict[str, Any]) -> None:
+        data = json.dumps(value, sort_keys=True, indent=1).encode() + b"\n"
+        files.write(self.folder / name, data, mode=0o600)
+
+
+def _key(data: bytes) -> bytes:
+    key = bytes.fromhex(data.decode("ascii"))
+    if len(key) != 32:
+        raise ValueError(f"expected a key of 32 bytes, got {len(key)}")
+    return key
+
+
+def _model_name(data: bytes) -> ModelName:
+    fields = json.loads(data)
+    name = ModelName(fields["bundle"], fields["weights"], fields["version"])
+    for digest in (name.bundle, name.weights):
+        if len(bytes.fromhex(digest)) != 32:
+            raise ValueError("expected digests of 32 bytes")
+    if not isinstance(name.version, int):
+        raise TypeError(f"expected a version number, got {name.version!r}")
+    return name
+
+
+def _plain(spec: Spec) -> Any:
+    return json.loads(json.dumps(spec))  # a tuple reads back as a list
