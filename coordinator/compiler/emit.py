@@ -106,6 +106,17 @@ class Emit:
         self._infer(node)
         return node.outputs
 
+    def output(self, node: Node, index: int) -> str:
+        """Return the name of a node's output, adding an optional one that the node left out."""
+        at = next(i for i, made in enumerate(self.nodes) if made.outputs[0] == node.outputs[0])
+        outputs = list(self.nodes[at].outputs)
+        outputs += [""] * (index + 1 - len(outputs))
+        if not outputs[index]:
+            outputs[index] = self.fresh(f"{node.op.lower()}.{index}")
+            self.nodes[at] = replace(self.nodes[at], outputs=tuple(outputs))
+            self._infer(self.nodes[at])
+        return outputs[index]
+
     def const(self, value: Any, dtype: DTypeLike = np.float32, *, name: str = "") -> str:
         """Return the name of a constant tensor (float32 unless told); equal constants share one."""
         array = np.ascontiguousarray(np.asarray(value, dtype))

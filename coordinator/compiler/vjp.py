@@ -165,10 +165,32 @@ def _visit(
         )
     for name, g in zip(node.inputs, RULES[node.kind](e, node, upstream), strict=False):
         if g is not None and name in wanted:
-            grads.setdefault(name, []).append(g)
+            grads.setdefault(name, []).append(_shaped(e, node, name, g))
     for out in node.outputs:
         if out not in kept:
             grads.pop(out, None)
+
+
+def _shaped(e: Emit, node: Node, name: str, g: str) -> str:
+    """Give a gradient what is known of its tensor's shape; a mismatch is a fault of the rule."""
+    expected, got = e.shape(name), e.shape(g)
+    if expected is None or expected == got:
+        return g
+    pairs = zip(expected, got, strict=False) if got is not None else ()
+    if got is not None and (
+        len(expected) != len(got)
+        or any(a != b for a, b in pairs if a is not None and b is not None)
+    ):
+        raise CompileError(
+            f"expected the gradient of {name!r} through {node.label} to have shape {expected}, "
+            f"got {got}: the rule is wrong, please report it"
+        )
+    merged = (
+        expected
+        if got is None
+        else tuple(b if a is None else a for a, b in zip(expected, got, strict=True))
+    )
+    return e.declare(g, merged)
 
 
 def _sum(e: Emit, grads: dict[str, list[str]], name: str) -> str | None:

@@ -64,7 +64,7 @@ def _sides(e: Emit, n: Node, left: str, right: str, g: str) -> Grads:
 
 
 def _right(e: Emit, left: str, right: str, g: str) -> str:
-    """Return dB = A^T G. Where a matrix B meets a batch, the batch folds into the sum of one Gemm."""
+    """Return dB = A^T G; where a matrix B meets a batch, the batch folds into one Gemm."""
     if e.rank(right) == 2 and e.rank(left) > 2:
         wide, tall = e.dims(left)[-1], e.dims(g)[-1]
         if wide is not None and tall is not None:

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The formulations of a convolution's gradients in standard operators, by name.
+
+An input gradient is ``(e, g, weights, layer) -> [N, C, *size]``, a filter gradient is
+``(e, x, g, layer) -> [K, C/group, *kernel]``; `FILTER` and `INPUT` say which layers each serves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple, cast
+
+from coordinator.compiler.emit import Emit
+from coordinator.compiler.rules.window import Ints, Window, padded, tap_slices, transposed
+
+
+class Layer(NamedTuple):
+    """A convolution x [N, C, *size] * w [K, C/group, *kernel] -> y [N, K, *out]."""
+
+    batch: int | None
+    channels: int
+    filters: int
+    group: int
+    window: Window
+
+    @property
+    def is_depthwise(self) -> bool:
+        """Tell whether each filter sees one channel of its own group."""
+        return self.group == self.channels > 1
+
+
+def _input_transposed(e: Emit, g: str, weights: str, layer: Layer) -> str:
+    return transposed(e, g, weights, layer.window, layer.group)
+
+
+def _input_flipped(e: Emit, g: str, weights: str, layer: Layer) -> str:
+    """Stride 1: convolve with the kernel turned round and its two channel axes exchanged."""
+    w, groups = layer.window, layer.group
+    rank = len(w.kernel)
+    inner, outer = layer.channels // groups, layer.filters // groups
+    if groups == 1:
+        turned = e.Transpose(weights, perm=[1, 0, *range(2, rank + 2)])
+    elif inner == outer == 1:
+        turned = weights
+    else:
+        split = e.Reshape(weights, e.ints(groups, outer, inner, *w.kernel))
+        swapped = e.Transpose(split, perm=[0, 2, 1, *range(3, rank + 3)])
+        turned = e.Reshape(swapped, e.ints(layer.channels, outer, *w.kernel))
+    if w.taps > 1:
+        back = [-1] * rank
+        axes = e.ints(*range(2, rank + 2))
+        turned = e.Slice(turned, e.ints(*back), e.ints(*[-(2**31)] * rank), axes, e.ints(*back))
+    begins = [x - 1 - b for x, b in zip(w.extents, w.begins, strict=True)]
+    ends = [x - 1 - f for x, f in zip(w.extents, w.ends, strict=True)]
+    return e.Conv(g, turned, dilations=w.dilations, pads=(*begins, *ends), group=groups)
+
+
+def _filter_swapped(e: Emit, x: str, g: str, layer: Layer) -> str:
+    """Convolve x with g, batch and channels exchanged, stride and dilation exchanged."""
+    w, groups = layer.window, layer.group
+    rank = len(w.kernel)
+    inner = layer.channels // groups
+    rest = range(2, rank + 2)
+    if groups == 1:
+        image = e.Transpose(x, perm=[1, 0, *rest])
+    elif inner == 1:
+        image = e.Reshape(e.Transpose(x, perm=[1, 0, *rest]), e.ints(1, -1, *w.size))
+    else:
+        split = e.Reshape(x, e.ints(-1, groups, inner, *w.size))
+        moved = e.Transpose(split, perm=[2, 1, 0, *range(3, rank + 3)])
+        image = e.Reshape(moved, e.ints(inner, -1, *w.size))
+    kernels = e.Transpose(g, perm=[1, 0, *rest])
+    spare = [max(s, 0) for s in w.spare]
+    ends = [max(f - s, 0) for f, s in zip(w.ends, spare, strict=True)]
+    found = e.Conv(
+        image,
+        kernels,
+        kernel_shape=w.out,
+        strides=w.dilations,
+        dilations=w.strides,
+        pads=(*w.begins, *ends),
+        group=groups,
+    )
+    found = e.declare(found, (inner, layer.filters, *_swapped_out(w, ends)))
+    if _swapped_out(w, ends) != w.kernel:
+        found = e.Slice(found, e.ints(*[0] * rank), e.ints(*w.kernel), e.ints(*rest))
+    return e.Transpose(found, perm=[1, 0, *rest])
+
+
+def _swapped_out(w: Window, ends: list[int]) -> Ints:
+    rows = zip(w.size, w.begins, ends, w.out, w.strides, w.dilations, strict=True)
+    return tuple((size + b + f - (o - 1) * s - 1) // d + 1 for size, b, f, o, s, d in rows)
+
+
+def _filter_columns(e: Emit, x: str, g: str, layer: Layer) -> str:
+    """Lay out what each window sees as the rows of one matrix, channels last, for one Gemm."""
+    w = layer.window
+    rank = len(w.kernel)
+    last = [0, *range(2, rank + 2), 1]
+    image = padded(e, e.Transpose(x, perm=last), w, 1)
+    columns = e.Concat(*tap_slices(e, image, w, 1), axis=-1) if w.taps > 1 else image
+    flat = e.Reshape(columns, e.ints(-1, w.taps * layer.channels))
+    upstream = e.Reshape(e.Transpose(g, perm=last), e.ints(-1, layer.filters))
+    found = e.Gemm(upstream, flat, transA=1)
+    split = e.Reshape(found, e.ints(layer.filters, *w.kernel, layer.channels))
+    return e.Transpose(split, perm=[0, rank + 1, *range(1, rank + 1)])
+
+
+def _filter_rows(e: Emit, x: str, g: str, layer: Layer) -> str:
+    """Lay out what each tap sees as the rows of a matrix per example, and sum the products."""
+    w = layer.window
+    area = math.prod(w.out)
+    seen = [x] if w.is_plain else list(tap_slices(e, padded(e, x, w), w))
+    rows = seen[0] if len(seen) == 1 else e.Concat(*seen, axis=1)
+    rows = e.Reshape(rows, e.ints(-1, w.taps * layer.channels, area))
+    upstream = e.Reshape(g, e.ints(-1, layer.filters, area))
+    products = e.MatMul(upstream, e.Transpose(rows, perm=[0, 2, 1]))
+    found = e.ReduceSum(products, e.ints(0), keepdims=0)
+    split = e.Reshape(found, e.ints(layer.filters, w.taps, layer.channels))
+    moved = e.Transpose(split, perm=[0, 2, 1]) if w.taps > 1 else split
+    return e.Reshape(moved, e.ints(layer.filters, layer.channels, *w.kernel))
+
+
+def _filter_taps(e: Emit, x: str, g: str, layer: Layer) -> str:
+    """Depthwise: multiply what each tap sees by g and sum, one tap after the other."""
+    w = layer.window
+    rank = len(w.kernel)
+    axes = e.ints(0, *range(2, rank + 2))
+    sums = [
+        e.ReduceSum(e.Mul(g, part), axes, keepdims=0) for part in tap_slices(e, padded(e, x, w), w)
+    ]
+    columns = e.Concat(*[e.Unsqueeze(s, e.ints(1)) for s in sums], axis=1)
+    return e.Reshape(columns, e.ints(layer.filters, 1, *w.kernel))
+
+
+def _filter_samples(e: Emit, x: str, g: str, layer: Layer) -> str:
+    """Depthwise at a known batch: one grouped convolution with a group per example and channel."""
+    w = layer.window
+    pairs = cast("int", layer.batch) * layer.channels
+    image = e.Reshape(x, e.ints(1, pairs, *w.size))
+    kernels = e.Reshape(g, e.ints(pairs, 1, *w.out))
+    ends = [max(f - max(s, 0), 0) for f, s in zip(w.ends, w.spare, strict=True)]
+    found = e.Conv(
+        image,
+        kernels,
+        strides=w.dilations,
+        dilations=w.strides,
+        pads=(*w.begins, *ends),
+        group=pairs,
+    )
+    rank = len(w.kernel)
+    if _swapped_out(w, ends) != w.kernel:
+        axes = e.ints(*range(2, rank + 2))
+        found = e.Slice(found, e.ints(*[0] * rank), e.ints(*w.kernel), axes)
+    split = e.Reshape(found, e.ints(-1, layer.filters, 1, *w.kernel))
+    return e.ReduceSum(split, e.ints(0), keepdims=0)
+
+
+FILTER: dict[str, Callable[[Emit, str, str, Layer], str]] = {
+    "swapped": _filter_swapped,  # any layer
+    "columns": _filter_columns,  # group 1
+    "rows": _filter_rows,  # group 1
+    "taps": _filter_taps,  # depthwise, multiplier 1
+    "samples": _filter_samples,  # depthwise, multiplier 1, batch known
+}
+"""Formulations of the filter gradient, and the layers that each can serve."""
+
+INPUT: dict[str, Callable[[Emit, str, str, Layer], str]] = {
+    "transposed": _input_transposed,  # any layer
+    "flipped": _input_flipped,  # stride 1, padding within the kernel's extent
+}
+"""Formulations of the input gradient, and the layers that each can serve."""

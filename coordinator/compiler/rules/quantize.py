@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""QuantizeLinear and DequantizeLinear, straight through (Bengio et al. 2013; Jacob et al. 2018).
+
+An integer tensor's gradient is that of the real value it stands for, so DequantizeLinear passes it
+on and QuantizeLinear blocks it where the quantizer saturates. Scales and zero points carry none.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from coordinator.compiler.emit import Emit
+from coordinator.compiler.graph import Node
+from coordinator.compiler.rules.elementwise import above, below
+from coordinator.compiler.vjp import Grads, vjp
+from edge_sdk.errors import CompileError
+
+
+@vjp("DequantizeLinear")
+def _dequantize(_e: Emit, _n: Node, g: str) -> Grads:
+    return (g,)
+
+
+@vjp("QuantizeLinear")
+def _quantize(e: Emit, n: Node, g: str) -> Grads:
+    """Mask x / scale to [qmin - zp - 1/2, qmax - zp + 1/2]: outside, the integer is clipped."""
+    x, scale, zero = n.inputs[0], n.inputs[1], n.input(2)
+    if n.attr("block_size", 0):
+        raise CompileError(f"expected per-tensor or per-axis scales in {n.label}, got blocks")
+    dtype = e.dtype(n.outputs[0]) or np.dtype(np.uint8)
+    low, high = (float(v) for v in (np.iinfo(dtype).min, np.iinfo(dtype).max))
+    along = n.attr("axis", 1) % max(e.rank(x), 1)
+    steps = e.Div(x, _aligned(e, scale, x, along))
+    shift = e.value(zero) if zero else np.zeros((), dtype)
+    if shift is None or (shift.size and np.any(shift != shift.flat[0])):
+        steps = e.Add(steps, _aligned(e, e.Cast(zero, to=np.float32), x, along))
+        offset = 0.0
+    else:
+        offset = float(shift.flat[0])
+    inside = e.Mul(above(e, steps, low - offset - 0.5), below(e, steps, high - offset + 0.5))
+    return (e.Mul(g, inside),)
+
+
+def _aligned(e: Emit, vector: str, x: str, axis: int) -> str:
+    """Let a per-axis vector broadcast against `x`; a scalar stays as it is."""
+    if not e.rank(vector) or e.rank(x) <= 1:
+        return vector
+    ones = [1] * e.rank(x)
+    ones[axis] = -1
+    return e.Reshape(vector, e.ints(*ones))
