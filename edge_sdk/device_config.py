@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``device.toml`` as frozen values. An unknown key is an error that names the nearest known one."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from edge_sdk import conditions
+from edge_sdk.conditions import Condition
+from edge_sdk.errors import ConfigError
+
+T = TypeVar("T")
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+@dataclass(frozen=True, slots=True)
+class SourceConfig:
+    """Where examples come from: files put into `folder`, or requests over the socket at `path`."""
+
+    folder: Path | None = None
+    socket: Path | None = None
+    poll_s: float = 2.0
+    label: str = "last"
+    """Which CSV column is the label: its name in the header line, or ``last``."""
+
+    def __post_init__(self) -> None:
+        if (self.folder is None) == (self.socket is None):
+            raise ConfigError("[source] expected either folder or socket; keep one of them")
+        if not 0.05 <= self.poll_s <= 3600:
+            raise ConfigError(f"[source] poll_s: expected 0.05 to 3600 seconds, got {self.poll_s}")
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceConfig:
+    """All that ``fedge device run`` can be told."""
+
+    broker: str
+    task: str
+    state: Path | None = None
+    """Its state folder; ``~/.local/state/fedge/TASK`` if not given."""
+    bundle: Path | None = None
+    name: str = ""
+    engine: str = "ort"
+    threads: int = 1
+    capacity: int = 2000
+    min_examples: int = 1
+    outbox_bytes: int = 64 * 2**20
+    conditions: Condition = field(default=conditions.always)
+    coordinator_key: bytes | None = None
+    ca_file: Path | None = None
+    username: str | None = None
+    password_file: Path | None = None
+    keepalive_s: int = 30
+    log_level: str = "info"
+    source: SourceConfig | None = None
+
+    @property
+    def password(self) -> str | None:
+        """The broker's password, read from its file: never from this one, nor from argv.
+
+        Raises: ConfigError when the file cannot be read.
+        """
+        if self.password_file is None:
+            return None
+        try:
+            return self.password_file.read_text().rstrip("\n")
+        except OSError as error:
+            raise ConfigError(f"password_file: {error.strerror}: {self.password_file}") from error
+
+    def __post_init__(self) -> None:
+        if self.log_level not in LOG_LEVELS:
+            raise ConfigError(f"log_level: expected {', '.join(LOG_LEVELS)}, got {self.log_level}")
+
+
+def load(path: str | Path) -> DeviceConfig:
+    """Read a configuration file; relative paths in it start at its own folder.
+
+    Raises: ConfigError naming the file, the key, what was expected and what came.
+    """
+    path = Path(path)
+    try:
+        table = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; give --config a device.toml") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from error
+    try:
+        return parse(table, path.parent)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def parse(table: Mapping[str, Any], folder: Path = Path()) -> DeviceConfig:
+    """Read a table as TOML gives it.
+
+    Raises: ConfigError naming the key.
+    """
+    values = dict(table)
+    source = values.pop("source", None)
+    config = _read(DeviceConfig, values, folder)
+    if source is None:
+        return config
+    if not isinstance(source, dict):
+        raise ConfigError(f"source: expected a table [source], got {source!r}")
+    return replace(config, source=_read(SourceConfig, source, folder, "source."))
+
+
+def _read(kind: type[T], table: Mapping[str, Any], folder: Path, prefix: str = "") -> T:
+    known = {f.name: f for f in fields(kind) if f.name != "source"}  # type: ignore[arg-type]  # dataclasses only
+    for key in table:
+        if key not in known:
+            raise ConfigError(_unknown(prefix + key, [prefix + name for name in known]))
+    for name, f in known.items():
+        if f.default is MISSING and f.default_factory is MISSING and name not in table:
+            raise ConfigError(f"{prefix}{name}: expected a value, it is not there; add it")
+    return kind(
+        **{
+            key: _value(key, str(known[key].type), value, folder, prefix)
+            for key, value in table.items()
+        }
+    )
+
+
+def _unknown(key: str, known: list[str]) -> str:
+    import difflib  # only where a mistake is explained
+
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
+    return f"unknown key {key}; {hint}"
+
+
+def _value(key: str, kind: str, value: object, folder: Path, prefix: str) -> object:
+    check, says = READERS[kind.removesuffix(" | None")]
+    try:
+        return check(value, folder)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{prefix}{key}: expected {says}, got {value!r}") from error
+
+
+def _text(value: object, _: Path) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def _count(value: object, _: Path) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise TypeError
+    return value
+
+
+def _number(value: object, _: Path) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError
+    return float(value)
+
+
+def _path(value: object, folder: Path) -> Path:
+    return folder / Path(_text(value, folder)).expanduser()
+
+
+def _key(value: object, folder: Path) -> bytes:
+    key = bytes.fromhex(_text(value, folder))
+    if len(key) != 32:
+        raise ValueError
+    return key
+
+
+def _conditions(value: object, _: Path) -> Condition:
+    return conditions.from_spec(value if isinstance(value, list) else [value])
+
+
+READERS: dict[str, tuple[Callable[[object, Path], object], str]] = {
+    "str": (_text, "text"),
+    "int": (_count, "a whole number of at least 1"),
+    "float": (_number, "a number"),
+    "Path": (_path, "a path"),
+    "bytes": (_key, "64 hex digits"),
+    "Condition": (_conditions, "a list of conditions"),
+}
