@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Any batch size: a model exported for a batch of one is freed of it, and proved free by running it.
+
+Exports bake the batch into the input's shape and into the targets of Reshape nodes. Both are
+rewritten; anything else that holds on to a batch of one shows when three examples are run together
+and one by one, and is refused by name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from coordinator.compiler.graph import Graph, Shape, Value
+from coordinator.compiler.runtime import run, session
+from edge_sdk.errors import CompileError
+
+_ADVICE = "export it with a dynamic batch dimension (dynamic_axes or dynamic_shapes in torch)"
+
+
+def free_batch(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the model with a symbolic first dimension of its input and output.
+
+    Raises: CompileError when there is not one input and one output with a leading batch, when
+        another dimension of the input is open, or when results depend on the rest of the batch.
+    """
+    value = _only(list(proto.graph.input), "input")
+    _only(list(proto.graph.output), "output")
+    dims = value.type.tensor_type.shape.dim
+    if not dims:
+        raise CompileError(f"expected an input of shape [batch, ...], {value.name!r} has no batch")
+    for at, dim in enumerate(dims[1:], 1):
+        if dim.dim_value <= 0:
+            raise CompileError(
+                f"expected fixed sizes after the batch, dimension {at} of {value.name!r} is "
+                f"{dim.dim_param or 'open'}: fix it (onnxruntime.tools.make_dynamic_shape_fixed)"
+            )
+    free = onnx.ModelProto()
+    free.CopyFrom(proto)
+    if dims[0].dim_value:
+        _free_reshapes(free, dims[0].dim_value)
+    _symbolic(free.graph.input[0])
+    _symbolic(free.graph.output[0])
+    _prove(free)
+    return free
+
+
+def _only(values: list[onnx.ValueInfoProto], what: str) -> onnx.ValueInfoProto:
+    if len(values) != 1:
+        names = [value.name for value in values]
+        raise CompileError(
+            f"expected one {what}, got {names}: cut the model down to one (onnx.utils.extract_model)"
+        )
+    return values[0]
+
+
+def _symbolic(value: onnx.ValueInfoProto) -> None:
+    dims = value.type.tensor_type.shape.dim
+    if dims:
+        dims[0].Clear()
+        dims[0].dim_param = "N"
+
+
+def _free_reshapes(proto: onnx.ModelProto, batch: int) -> None:
+    """Rewrite the constant targets of Reshape nodes that spell the batch out."""
+    graph = Graph.from_model(proto)
+    stored = {t.name: t for t in proto.graph.initializer}
+    for node in proto.graph.node:
+        if node.op_type != "Reshape" or node.input[1] not in stored or node.input[0] in stored:
+            continue
+        target = numpy_helper.to_array(stored[node.input[1]])
+        shape = _freed(graph.shape(node.input[0]), target.tolist(), batch)
+        if shape is None:
+            raise CompileError(
+                f"expected a Reshape that keeps the batch, node {node.name or node.output[0]!r} "
+                f"makes the fixed shape {target.tolist()}: {_ADVICE}"
+            )
+        if shape != target.tolist():
+            name = f"{node.input[1]}.{node.output[0]}.free"
+            proto.graph.initializer.append(numpy_helper.from_array(np.array(shape, np.int64), name))
+            node.input[1] = name
+
+
+def _freed(source: Shape | None, target: list[int], batch: int) -> list[int] | None:
+    """Return a Reshape target for any batch, or None where there is no room for one."""
+    if not target or target[0] <= 0:
+        return target
+    if source and source[0] == batch and target[0] == batch:
+        return [0, *target[1:]]
+    return None if -1 in target else [-1, *target[1:]]
+
+
+def _prove(proto: onnx.ModelProto) -> None:
+    """Run three examples together and one by one: the rows must agree."""
+    x = _sample(Graph.from_model(proto).inputs[0])
+    try:
+        runs = session(proto.SerializeToString())
+        together, *alone = (run(runs, rows) for rows in (x, *np.split(x, len(x))))
+    except Exception as error:  # the runtime raises bare C++ exceptions of many kinds
+        text = " ".join(str(error).split())[:300]
+        raise CompileError(f"expected a model that runs on any batch: {text}; {_ADVICE}") from error
+    if together.shape[:1] != (len(x),) or any(row.shape[:1] != (1,) for row in alone):
+        raise CompileError(
+            f"expected an output of shape [batch, ...], {len(x)} examples gave "
+            f"{list(together.shape)}: {_ADVICE}"
+        )
+    rows = np.concatenate(alone).astype(np.float64)
+    slack = 1e-2 * (1 + np.abs(rows).max(initial=0)) if together.dtype.kind == "f" else 2
+    if not np.allclose(together.astype(np.float64), rows, rtol=0, atol=slack, equal_nan=True):
+        raise CompileError(
+            f"expected each example's output to depend on that example alone, it depends on the "
+            f"others in the batch: {_ADVICE}"
+        )
+
+
+def _sample(value: Value) -> NDArray[Any]:
+    """Return three seeded examples of an input's shape and dtype."""
+    shape = (3, *(int(d or 1) for d in (value.shape or ())[1:]))
+    rng = np.random.default_rng(0)
+    dtype = np.dtype(value.dtype or np.float32)
+    if dtype.kind == "f":
+        return rng.standard_normal(shape).astype(dtype)
+    if dtype in (np.int8, np.uint8):
+        ends = np.iinfo(dtype)
+        return rng.integers(ends.min, ends.max, shape, dtype, endpoint=True)
+    return rng.integers(0, 2, shape).astype(dtype)  # ids: the two that every table has

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fedge build`: compile an ONNX model into a bundle."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from coordinator.compiler.losses import LOSSES
+from coordinator.compiler.optim import Optimizer, adam, chain, clip, momentum, sgd
+
+_EXAMPLE = "example: fedge build digits.onnx -o digits.fedge --loss cross_entropy --train last:2"
+
+
+def build_main(argv: Sequence[str]) -> int:
+    """Run `fedge build` and return its exit code."""
+    args = _parser().parse_args(argv)
+    from coordinator.compiler.pipeline import build
+
+    train = args.train if len(args.train) > 1 else args.train[0]
+    bundle = build(
+        args.model,
+        loss=args.loss,
+        train=train,
+        optimizer=_optimizer(args),
+        proximal=args.proximal,
+        name=args.name,
+    )
+    bundle.save(args.output)
+    if args.json:
+        size = len(bundle.data)
+        print(json.dumps({"path": args.output, "digest": bundle.digest, "bytes": size}))
+    else:
+        print(f"{bundle.explain()}\nwrote {args.output}")
+    return 0
+
+
+def _optimizer(args: argparse.Namespace) -> Optimizer:
+    made = {
+        "sgd": lambda: sgd(args.lr),
+        "momentum": lambda: momentum(args.decay, args.lr, nesterov=args.nesterov),
+        "adam": lambda: adam(args.lr),
+    }[args.optimizer]()
+    return chain(clip(args.clip), made) if args.clip else made
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fedge build",
+        description="Compile a float32 or QDQ int8 ONNX model into a bundle that trains on "
+        "stock onnxruntime.",
+        epilog=_EXAMPLE,
+    )
+    add = parser.add_argument
+    add("model", help="the forward model, an .onnx file")
+    add("-o", "--output", required=True, metavar="X.fedge", help="where the bundle goes")
+    add("--loss", required=True, choices=sorted(LOSSES))
+    add(
+        "--train",
+        nargs="+",
+        default=["all"],
+        metavar="SEL",
+        help="all (default), bias, last:K, names or globs such as 'head.*'",
+    )
+    add("--optimizer", choices=["sgd", "momentum", "adam"], default="sgd")
+    add("--lr", type=float, default=0.05, help="learning rate (default 0.05)")
+    add("--decay", type=float, default=0.9, help="of momentum (default 0.9)")
+    add("--nesterov", action="store_true", help="look ahead with momentum")
+    add("--clip", type=float, metavar="NORM", help="largest joint norm of a step's gradients")
+    add("--proximal", action="store_true", help="allow a FedProx term")
+    add("--name", help="of the bundle (default: the file's)")
+    add("--json", action="store_true", help="print path, digest and size for machines")
+    return parser

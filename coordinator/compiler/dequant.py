@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Float32 masters of quantized weights: rounded in the forward pass, trained straight through.
+
+The gradient by the rounded weight is used as the gradient by its master (Bengio et al. 2013; Jacob
+et al. 2018; what activations do is in `rules/quantize.py`). The scale of a trained weight follows
+its master, so that a growing weight is never cut off.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from coordinator.compiler.emit import Emit
+from coordinator.compiler.weights import Quantized
+
+TINY = np.float32(1e-12)
+"""The least scale: what an all-zero weight gets."""
+
+
+def quantized_master(e: Emit, master: str, scheme: Quantized) -> str:
+    """Emit the float32 values that a master's quantized form stands for, and return their name.
+
+    The scale is ``max(max(W) / (qmax - zp), max(-W) / (zp - qmin))`` per tensor or channel, in
+    float32, exactly as `edge_sdk.requantize` derives it; a side without room is cut off.
+    """
+    if scheme.dtype == np.int32:  # a bias step is input scale times weight scale: below notice
+        return master
+    rank = e.rank(master)
+    least, most = _ends(scheme.dtype)
+    above = (most - scheme.zero_point).astype(np.float32)
+    below = (scheme.zero_point - least).astype(np.float32)
+    axes = None if scheme.axis is None else e.ints(*(i for i in range(rank) if i != scheme.axis))
+    scale = e.Max(*_sides(e, master, scheme, axes, (above, below)), e.const(TINY))
+    steps = e.Round(e.Div(master, scale))
+    if not above.all():
+        steps = e.Min(steps, _spread(e, above, scheme, rank))
+    if not below.all():
+        steps = e.Max(steps, _spread(e, -below, scheme, rank))
+    return e.Mul(steps, scale)
+
+
+def _sides(
+    e: Emit, master: str, scheme: Quantized, axes: str | None, room: tuple[Any, Any]
+) -> list[str]:
+    """Emit the scale that each side of zero asks for; where both have equal room, one is enough."""
+    above, below = room
+    rank, keep = e.rank(master), int(axes is not None)
+    if (above == below).all():
+        widest = e.ReduceMax(e.Abs(master), axes, keepdims=keep)
+        return [e.Div(widest, _spread(e, above, scheme, rank))]
+    sides = []
+    if above.any():
+        divisor = np.where(above > 0, above, np.float32(np.inf))
+        most = e.ReduceMax(master, axes, keepdims=keep)
+        sides.append(e.Div(most, _spread(e, divisor, scheme, rank)))
+    if below.any():
+        divisor = np.where(below > 0, below, np.float32(np.inf))
+        least = e.Neg(e.ReduceMin(master, axes, keepdims=keep))
+        sides.append(e.Div(least, _spread(e, divisor, scheme, rank)))
+    return sides
+
+
+def _spread(e: Emit, values: Any, scheme: Quantized, rank: int) -> str:
+    """Return a per-channel constant that broadcasts over the master; equal ones become a scalar."""
+    if scheme.axis is None or (values == values.flat[0]).all():
+        return e.const(np.float32(values.flat[0]))
+    return e.const(scheme.spread(values, rank))
+
+
+def _ends(dtype: np.dtype[Any]) -> tuple[int, int]:
+    """Return the range of stored weights: int8 leaves -128 unused, as quantizers do."""
+    info = np.iinfo(dtype)
+    return (-127 if dtype == np.int8 else int(info.min)), int(info.max)

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A forward model from a path, bytes or a ModelProto, refused by name where it cannot be trained.
+
+What comes back is the model as it will predict on a device: same names, same numbers, one spelling:
+local functions inlined, Constant nodes as initializers, weights in ``raw_data``, int weights stored.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.inliner
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+from onnx import numpy_helper, version_converter
+
+from coordinator.compiler.graph import IR_VERSION, OPSET_CEILING
+from edge_sdk.errors import CompileError
+
+OLDEST = 11
+"""The oldest operator set that is read."""
+
+_QOPERATORS = frozenset(
+    {
+        "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear",
+        "QLinearAdd", "QLinearMul", "QLinearSigmoid", "QLinearLeakyRelu", "QLinearConcat",
+        "QLinearAveragePool", "QLinearGlobalAveragePool", "QLinearSoftmax", "QGemm",
+    }
+)  # fmt: skip
+
+
+def load(model: str | Path | bytes | onnx.ModelProto) -> onnx.ModelProto:
+    """Read a model and bring it to the form above; the argument is never changed.
+
+    Raises: CompileError, naming what is not supported and what to do.
+    """
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model if isinstance(model, onnx.ModelProto) else _parse(model))
+    _refuse(proto)
+    if proto.functions:
+        proto = onnx.inliner.inline_local_functions(proto)
+    proto = _lowered(proto)
+    _constants_to_initializers(proto.graph)
+    _store_raw(proto.graph)
+    _quantize_stored(proto.graph)
+    _drop_initializer_inputs(proto.graph)
+    del proto.metadata_props[:], proto.graph.value_info[:]
+    proto.doc_string = proto.graph.doc_string = ""
+    return proto
+
+
+def opset_of(proto: onnx.ModelProto) -> int:
+    """Return the version of the standard operator set that a model imports."""
+    return next((o.version for o in proto.opset_import if o.domain in {"", "ai.onnx"}), 0)
+
+
+def _parse(model: str | Path | bytes) -> onnx.ModelProto:
+    if not isinstance(model, bytes):
+        path = Path(model)
+        if path.suffix == ".tflite":
+            raise CompileError(f"expected an ONNX model, got {path.name}: .tflite is not read yet")
+        try:
+            model = path.read_bytes()
+        except OSError as error:
+            raise CompileError(f"expected a model at {path}: {error.strerror}") from error
+    try:
+        proto = onnx.ModelProto.FromString(model)
+    except DecodeError as error:
+        raise CompileError("expected an ONNX model, these bytes are not one") from error
+    if not proto.graph.node:
+        raise CompileError("expected an ONNX model, these bytes hold a graph without nodes")
+    return proto
+
+
+def _refuse(proto: onnx.ModelProto) -> None:
+    """Raise for what no later step can put right."""
+    version = opset_of(proto)
+    if version < OLDEST:
+        raise CompileError(
+            f"expected opset {OLDEST} or newer, got {version}: export the model again"
+        )
+    tensors = [*proto.graph.initializer, *(t for n in proto.graph.node for t in _tensors(n))]
+    for tensor in tensors:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
+            raise CompileError(
+                f"expected weights inside the model file, {tensor.name!r} lies outside it: "
+                "save the model as one file (onnx.save with save_as_external_data=False)"
+            )
+    if proto.graph.sparse_initializer:
+        raise CompileError("expected dense weights, the model has sparse initializers")
+    for node in proto.graph.node:
+        if node.op_type in _QOPERATORS:
+            raise CompileError(
+                f"expected int8 in QDQ format, {node.op_type} node {node.name!r} is QOperator "
+                "format: quantize with quant_format=QuantFormat.QDQ"
+            )
+
+
+def _tensors(node: onnx.NodeProto) -> list[onnx.TensorProto]:
+    return [a.t for a in node.attribute if a.type == onnx.AttributeProto.TENSOR]
+
+
+def _lowered(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Bring a model that is too new for the oldest supported onnxruntime down to what it runs."""
+    if opset_of(proto) > OPSET_CEILING:
+        try:
+            proto = version_converter.convert_version(proto, OPSET_CEILING)
+        except Exception as error:  # the converter raises bare C++ exceptions of many kinds
+            raise CompileError(
+                f"expected opset {OLDEST} to {OPSET_CEILING}, got {opset_of(proto)}, which does "
+                f"not convert ({_last_line(error)}): export the model at opset {OPSET_CEILING}"
+            ) from error
+    proto.ir_version = min(proto.ir_version, IR_VERSION)
+    return proto
+
+
+def _constants_to_initializers(graph: onnx.GraphProto) -> None:
+    kept = []
+    for node in graph.node:
+        if node.op_type == "Constant" and node.domain in {"", "ai.onnx"}:
+            graph.initializer.append(numpy_helper.from_array(_constant(node), node.output[0]))
+        else:
+            kept.append(node)
+    del graph.node[:]
+    graph.node.extend(kept)
+
+
+def _constant(node: onnx.NodeProto) -> NDArray[Any]:
+    attribute = node.attribute[0]
+    value = onnx.helper.get_attribute_value(attribute)
+    if isinstance(value, onnx.TensorProto):
+        array: NDArray[Any] = numpy_helper.to_array(value)
+        return array
+    if attribute.name in {"value_int", "value_ints"}:
+        return np.array(value, np.int64)
+    if attribute.name in {"value_float", "value_floats"}:
+        return np.array(value, np.float32)
+    raise CompileError(
+        f"expected numbers in Constant node {node.name!r}, it holds {attribute.name}"
+    )
+
+
+def _store_raw(graph: onnx.GraphProto) -> None:
+    """Keep every weight in ``raw_data``, where its bytes have one place."""
+    tensors = [
+        t if t.HasField("raw_data") else numpy_helper.from_array(numpy_helper.to_array(t), t.name)
+        for t in graph.initializer
+    ]
+    del graph.initializer[:]
+    graph.initializer.extend(tensors)
+
+
+def _quantize_stored(graph: onnx.GraphProto) -> None:
+    """Store a float weight that enters a QuantizeLinear as the integers it always becomes."""
+    stored = {t.name: t for t in graph.initializer}
+    kept = []
+    for node in graph.node:
+        ready = node.op_type == "QuantizeLinear" and all(name in stored for name in node.input)
+        if not ready or len(node.input) < 3:
+            kept.append(node)
+            continue
+        x, scale, zero = (numpy_helper.to_array(stored[name]) for name in node.input)
+        axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
+        tensor = numpy_helper.from_array(_quantized(x, scale, zero, axis), node.output[0])
+        graph.initializer.append(tensor)
+    del graph.node[:]
+    graph.node.extend(kept)
+
+
+def _quantized(x: NDArray[Any], scale: NDArray[Any], zero: NDArray[Any], axis: int) -> NDArray[Any]:
+    if scale.size > 1:
+        shape = [-1 if i == axis % x.ndim else 1 for i in range(x.ndim)]
+        scale, zero = scale.reshape(shape), zero.reshape(shape)
+    ends = np.iinfo(zero.dtype)
+    steps = np.rint(x / scale) + zero.astype(np.float32)
+    return np.clip(steps, ends.min, ends.max).astype(zero.dtype)
+
+
+def _drop_initializer_inputs(graph: onnx.GraphProto) -> None:
+    """Old exports list weights as inputs, too: an input is what a caller feeds."""
+    stored = {t.name for t in graph.initializer}
+    inputs = [value for value in graph.input if value.name not in stored]
+    del graph.input[:]
+    graph.input.extend(inputs)
+    used = {name for node in graph.node for name in node.input}
+    kept = [t for t in graph.initializer if t.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+
+
+def _last_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
