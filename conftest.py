@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules of the whole suite: where a skip is a failure, where data stands, and the table of figures."""
+"""Rules of the whole suite: a skip may be a failure, where data stands, the table of figures."""
 
 from __future__ import annotations
 
