@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any batch size: a model exported for a batch of one is freed of it, and proved free by running it.
+"""Any batch size: a model exported for a batch of one is freed of it and proved so.
 
 Exports bake the batch into the input's shape and into the targets of Reshape nodes. Both are
 rewritten; anything else that holds on to a batch of one shows when three examples are run together
@@ -32,7 +32,7 @@ def free_batch(proto: onnx.ModelProto) -> onnx.ModelProto:
     _only(list(proto.graph.output), "output")
     dims = value.type.tensor_type.shape.dim
     if not dims:
-        raise CompileError(f"expected an input of shape [batch, ...], {value.name!r} has no batch")
+        raise CompileError(f"expected an input [batch, ...], {value.name!r} has no dimensions")
     for at, dim in enumerate(dims[1:], 1):
         if dim.dim_value <= 0:
             raise CompileError(
@@ -53,7 +53,7 @@ def _only(values: list[onnx.ValueInfoProto], what: str) -> onnx.ValueInfoProto:
     if len(values) != 1:
         names = [value.name for value in values]
         raise CompileError(
-            f"expected one {what}, got {names}: cut the model down to one (onnx.utils.extract_model)"
+            f"expected one {what}, got {names}: cut the model down (onnx.utils.extract_model)"
         )
     return values[0]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which weights a task trains: "all", "bias", "last:2", a name, a glob, or a list of names and globs."""
+"""Which weights a task trains: "all", "bias", "last:2", a name, a glob, or a list of those."""
 
 from __future__ import annotations
 

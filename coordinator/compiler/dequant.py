@@ -8,15 +8,23 @@ its master, so that a growing weight is never cut off.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from coordinator.compiler.emit import Emit
+from coordinator.compiler.graph import Graph
 from coordinator.compiler.weights import Quantized
 
 TINY = np.float32(1e-12)
 """The least scale: what an all-zero weight gets."""
+
+_MOVES = frozenset(
+    {"Flatten", "Gather", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
+)
+"""Operators that move numbers and change none."""
 
 
 def quantized_master(e: Emit, master: str, scheme: Quantized) -> str:
@@ -39,6 +47,41 @@ def quantized_master(e: Emit, master: str, scheme: Quantized) -> str:
     if not below.all():
         steps = e.Max(steps, _spread(e, -below, scheme, rank))
     return e.Mul(steps, scale)
+
+
+def drop_requantize(graph: Graph, leaves: Sequence[str]) -> Graph:
+    """Drop quantizing again what has moved, not changed, since it was quantized by the same scale.
+
+    Only where gradients flow: below, onnxruntime wants the pair around each integer kernel.
+
+    Requires: equal scales share a name (`merge_equal`). Ensures: the same numbers.
+    """
+    learning, outputs = set(leaves), {value.name for value in graph.outputs}
+    lattice: dict[str, tuple[str, ...]] = {}  # tensor: the scale and zero point it lies on
+    quantized: dict[str, tuple[str, ...]] = {}  # integers: what they were made of
+    alias: dict[str, str] = {}
+    kept = []
+    for old in graph.nodes:
+        node = replace(old, inputs=tuple(alias.get(name, name) for name in old.inputs))
+        first, out = node.input(0), node.outputs[0]
+        if learning.intersection(node.inputs):
+            learning.update(node.outputs)
+        if node.kind == "QuantizeLinear":
+            quantized[out] = node.inputs
+        elif node.kind == "DequantizeLinear":
+            x, *scheme = quantized.get(first, ("",))
+            lattice[out] = node.inputs[1:]
+            if (
+                x in learning
+                and lattice.get(x) == tuple(scheme) == lattice[out]
+                and out not in outputs
+            ):
+                alias[out] = x
+                continue
+        elif node.kind in _MOVES and first in lattice:
+            lattice[out] = lattice[first]
+        kept.append(node)
+    return replace(graph, nodes=tuple(kept))
 
 
 def _sides(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A forward model from a path, bytes or a ModelProto, refused by name where it cannot be trained.
 
-What comes back is the model as it will predict on a device: same names, same numbers, one spelling:
-local functions inlined, Constant nodes as initializers, weights in ``raw_data``, int weights stored.
+What comes back is the model as it will predict on a device, same names and numbers, one spelling:
+local functions inlined, Constant nodes as initializers, weights in ``raw_data``, int8 ones stored.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.inliner
-from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnx import numpy_helper, version_converter
 
@@ -68,7 +67,7 @@ def _parse(model: str | Path | bytes) -> onnx.ModelProto:
             raise CompileError(f"expected a model at {path}: {error.strerror}") from error
     try:
         proto = onnx.ModelProto.FromString(model)
-    except DecodeError as error:
+    except Exception as error:  # protobuf's DecodeError, from a package without types
         raise CompileError("expected an ONNX model, these bytes are not one") from error
     if not proto.graph.node:
         raise CompileError("expected an ONNX model, these bytes hold a graph without nodes")
@@ -176,7 +175,8 @@ def _quantized(x: NDArray[Any], scale: NDArray[Any], zero: NDArray[Any], axis: i
         scale, zero = scale.reshape(shape), zero.reshape(shape)
     ends = np.iinfo(zero.dtype)
     steps = np.rint(x / scale) + zero.astype(np.float32)
-    return np.clip(steps, ends.min, ends.max).astype(zero.dtype)
+    stored: NDArray[Any] = np.clip(steps, ends.min, ends.max).astype(zero.dtype)
+    return stored
 
 
 def _drop_initializer_inputs(graph: onnx.GraphProto) -> None:

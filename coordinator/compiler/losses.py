@@ -10,18 +10,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
-
 from coordinator.compiler.emit import Emit
 from coordinator.compiler.graph import Graph
 from edge_sdk.errors import CompileError
 
 
-class Emitted(NamedTuple):
-    """Names a loss emitted: the mean loss (0-d), its gradient by the logits, the count of hits."""
+class Learned(NamedTuple):
+    """Names a loss emitted for training: the mean loss (0-d) and its gradient by the logits."""
 
     loss: str
-    gradient: str | None
+    gradient: str
+
+
+class Measured(NamedTuple):
+    """Names a loss emitted for evaluation: the mean loss, and how many examples are right (0-d)."""
+
+    loss: str
     correct: str | None
 
 
@@ -32,47 +36,53 @@ class Loss(NamedTuple):
         name: as the manifest spells it.
         strips: a last activation of the model that the loss contains itself.
         target: dtype of the targets.
-        emit: (e, logits, targets, wants gradient) -> Emitted; without the gradient it emits the
-            count of correct examples where the loss has one.
+        learn: (e, logits, targets) -> Learned.
+        measure: (e, logits, targets) -> Measured; `correct` is None where nothing is right.
     """
 
     name: str
     strips: frozenset[str]
     target: str
-    emit: Callable[[Emit, str, str, bool], Emitted]
+    learn: Callable[[Emit, str, str], Learned]
+    measure: Callable[[Emit, str, str], Measured]
 
 
 def cross_entropy() -> Loss:
     """Softmax cross entropy of logits [N, C] and class ids int64 [N], mean over the batch."""
 
-    def emit(e: Emit, logits: str, target: str, wants_gradient: bool) -> Emitted:
-        logp = e.LogSoftmax(logits, axis=-1)
+    def mean(e: Emit, logp: str, target: str) -> str:
         column = e.Unsqueeze(target, e.ints(1))
         picked = e.GatherElements(logp, column, axis=1)  # an id out of range is an error here
-        loss = e.Neg(e.ReduceMean(picked, keepdims=0))
-        if not wants_gradient:
-            return Emitted(
-                loss, None, _hits(e, e.Equal(e.ArgMax(logits, axis=1, keepdims=0), target))
-            )
-        classes = e.dims(logits)[1]
-        hot = e.OneHot(target, e.ints(classes or 0), e.const(np.array([0, 1], np.float32)))
-        gradient = e.Div(e.Sub(e.Exp(logp), hot), _count(e, target))
-        return Emitted(loss, e.declare(gradient, e.shape(logits)), None)
+        return e.Neg(e.ReduceMean(picked, keepdims=0))
 
-    return Loss("cross_entropy", frozenset({"Softmax", "LogSoftmax"}), "int64", emit)
+    def learn(e: Emit, logits: str, target: str) -> Learned:
+        logp = e.LogSoftmax(logits, axis=-1)
+        hot = e.OneHot(target, e.ints(e.dims(logits)[1] or 0), e.const([0.0, 1.0]))
+        gradient = e.Div(e.Sub(e.Exp(logp), hot), _count(e, target))
+        return Learned(mean(e, logp, target), e.declare(gradient, e.shape(logits)))
+
+    def measure(e: Emit, logits: str, target: str) -> Measured:
+        loss = mean(e, e.LogSoftmax(logits, axis=-1), target)
+        return Measured(loss, _hits(e, e.Equal(e.ArgMax(logits, axis=1, keepdims=0), target)))
+
+    strips = frozenset({"Softmax", "LogSoftmax"})
+    return Loss("cross_entropy", strips, "int64", learn, measure)
 
 
 def mse() -> Loss:
     """Mean squared error over every element; targets have the output's shape."""
 
-    def emit(e: Emit, logits: str, target: str, wants_gradient: bool) -> Emitted:
-        off = e.Sub(logits, target)
-        loss = e.ReduceMean(e.Mul(off, off), keepdims=0)
-        if not wants_gradient:
-            return Emitted(loss, None, None)
-        return Emitted(loss, e.Mul(off, e.Div(e.const(2.0), _count(e, off))), None)
+    def mean(e: Emit, off: str) -> str:
+        return e.ReduceMean(e.Mul(off, off), keepdims=0)
 
-    return Loss("mse", frozenset(), "float32", emit)
+    def learn(e: Emit, logits: str, target: str) -> Learned:
+        off = e.Sub(logits, target)
+        return Learned(mean(e, off), e.Mul(off, e.Div(e.const(2.0), _count(e, off))))
+
+    def measure(e: Emit, logits: str, target: str) -> Measured:
+        return Measured(mean(e, e.Sub(logits, target)), None)
+
+    return Loss("mse", frozenset(), "float32", learn, measure)
 
 
 def bce_logits() -> Loss:
@@ -81,15 +91,18 @@ def bce_logits() -> Loss:
     An example counts as correct when each of its labels is on the right side of a half.
     """
 
-    def emit(e: Emit, logits: str, target: str, wants_gradient: bool) -> Emitted:
-        loss = e.ReduceMean(e.Sub(e.Softplus(logits), e.Mul(logits, target)), keepdims=0)
-        if not wants_gradient:
-            right = e.Equal(e.Greater(logits, e.const(0.0)), e.Greater(target, e.const(0.5)))
-            return Emitted(loss, None, _hits(e, right))
-        off = e.Sub(e.Sigmoid(logits), target)
-        return Emitted(loss, e.Div(off, _count(e, off)), None)
+    def mean(e: Emit, logits: str, target: str) -> str:
+        return e.ReduceMean(e.Sub(e.Softplus(logits), e.Mul(logits, target)), keepdims=0)
 
-    return Loss("bce_logits", frozenset({"Sigmoid"}), "float32", emit)
+    def learn(e: Emit, logits: str, target: str) -> Learned:
+        off = e.Sub(e.Sigmoid(logits), target)
+        return Learned(mean(e, logits, target), e.Div(off, _count(e, off)))
+
+    def measure(e: Emit, logits: str, target: str) -> Measured:
+        right = e.Equal(e.Greater(logits, e.const(0.0)), e.Greater(target, e.const(0.5)))
+        return Measured(mean(e, logits, target), _hits(e, right))
+
+    return Loss("bce_logits", frozenset({"Sigmoid"}), "float32", learn, measure)
 
 
 LOSSES: dict[str, Callable[[], Loss]] = {

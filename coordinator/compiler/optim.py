@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Device optimizers as values, emitted into the training graph: `chain(clip(1.0), momentum(0.9, lr=.05))`.
+"""Device optimizers as values: `chain(clip(1.0), momentum(0.9, lr=.05))`, emitted as operators.
 
 A part turns gradients into directions and may keep slots, tensors that start at zeros and live from
-one step to the next. `descend` then writes ``p.next = p - lr * direction`` once, for every optimizer.
-The learning rate is an input of the graph; the value given here is the one the manifest offers.
+one step to the next. `descend` writes ``p.next = p - lr * direction`` once, for every optimizer.
+The learning rate is an input of the graph; the value given here is what the manifest offers.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def _average(e: Emit, old: str, new: str, decay: float) -> str:
 
 
 def _corrections(e: Emit, count: str, b1: float, b2: float, eps: float) -> tuple[str, str]:
-    """Emit the factor of lr and the floor of the root, in double: ``1 - b2**t`` cancels in float."""
+    """Emit the factor of lr and the floor of the root, in double: 1 - b2**t cancels."""
     t, one = e.Cast(count, to=_DOUBLE), e.const(1.0, np.float64)
     first = e.Sub(one, e.Pow(e.const(b1, np.float64), t))
     second = e.Sqrt(e.Sub(one, e.Pow(e.const(b2, np.float64), t)))

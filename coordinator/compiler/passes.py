@@ -49,8 +49,8 @@ def drop_identities(graph: Graph) -> Graph:
     outputs = {value.name for value in graph.outputs}
     alias: dict[str, str] = {}
     kept = []
-    for node in graph.nodes:
-        node = _reading(node, alias)
+    for old in graph.nodes:
+        node = _reading(old, alias)
         if _is_identity(graph, node) and node.outputs[0] not in outputs:
             alias[node.outputs[0]] = node.inputs[0]
         else:
@@ -61,22 +61,27 @@ def drop_identities(graph: Graph) -> Graph:
 def merge_equal(graph: Graph) -> Graph:
     """Compute once what several nodes compute, store once what is stored several times.
 
+    A node that makes fewer outputs than its twin is widened: MaxPool, and MaxPool with indices.
+
     Requires: nodes in topological order. Ensures: no two nodes share operator, inputs and
     attributes, but for random ones and those that make outputs of the graph.
     """
     outputs = {value.name for value in graph.outputs}
     alias, stored = _merge_stored(graph.initializers, outputs)
-    seen: dict[Any, Node] = {}
-    kept = []
-    for node in graph.nodes:
-        node = _reading(node, alias)
-        key = (node.kind, node.inputs, _attributes(node), len(node.outputs))
+    seen: dict[Any, int] = {}
+    kept: list[Node] = []
+    for old in graph.nodes:
+        node = _reading(old, alias)
+        key = (node.kind, node.inputs, _attributes(node))
         if node.kind in _RANDOM or outputs.intersection(node.outputs):
             kept.append(node)
         elif key in seen:
-            alias.update(zip(node.outputs, seen[key].outputs, strict=True))
+            first = kept[seen[key]]
+            wide = (*first.outputs, *node.outputs[len(first.outputs) :])
+            kept[seen[key]] = replace(first, outputs=wide)
+            alias.update((a, b) for a, b in zip(node.outputs, wide, strict=False) if a and b)
         else:
-            seen[key] = node
+            seen[key] = len(kept)
             kept.append(node)
     return replace(graph, nodes=tuple(kept), initializers=stored)
 
@@ -221,7 +226,7 @@ def _compute(graph: Graph, nodes: list[Node], stored: Mapping[str, Any]) -> dict
 def _too_large(
     nodes: list[Node], stored: Mapping[str, Any], results: Mapping[str, Any]
 ) -> set[int]:
-    """Return the ids of nodes whose results are better computed on the device, and of their readers."""
+    """Return the ids of nodes with results too large to store, and of their readers."""
     known = {**stored, **results}
     spare: set[int] = set()
     unstored: set[str] = set()

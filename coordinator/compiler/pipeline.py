@@ -104,7 +104,7 @@ def build(
 
 
 def export(bundle: Bundle, params: Params) -> bytes:
-    """Return the inference model with trained values in it; int8 goes back to int8, scales included.
+    """Return the inference model with trained values in it; int8 stays int8, rescaled.
 
     With the bundle's own `params()` the bytes are those of its predict graph.
     """

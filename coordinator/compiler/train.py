@@ -13,20 +13,17 @@ from typing import Any
 
 import numpy as np
 
-import coordinator.compiler.rules as _rules  # fills the table of gradients
-from coordinator.compiler.dequant import quantized_master
+import coordinator.compiler.rules  # noqa: F401  fills the table of gradients
+from coordinator.compiler.dequant import drop_requantize, quantized_master
 from coordinator.compiler.emit import Emit
 from coordinator.compiler.graph import Graph, Value
 from coordinator.compiler.losses import Loss
 from coordinator.compiler.optim import Optimizer, Slot, descend, proximal
 from coordinator.compiler.passes import drop_unused, rename, simplify
-from coordinator.compiler.vjp import RULES, backward
+from coordinator.compiler.vjp import backward
 from coordinator.compiler.weights import Weight
 from edge_sdk.errors import CompileError
 
-__all__ = ["Open", "evaluate_graph", "open_weights", "train_graph"]
-
-assert _rules, RULES  # noqa: S101  imported for what it registers
 _INT8 = (np.dtype(np.int8), np.dtype(np.uint8))
 
 
@@ -68,6 +65,7 @@ def open_weights(graph: Graph, weights: Sequence[Weight], logits: str) -> Open:
     inputs = ["x", *(f"p.{i}" for i in range(len(weights)))]
     whole = _aliased(e.graph(outputs=[logits], inputs=inputs), alias)
     ready = simplify(_keeping(whole, leaves).sorted())
+    ready = drop_unused(drop_requantize(ready, leaves))
     ready = replace(ready, outputs=ready.outputs[:1]).inferred()
     return Open(ready, logits, tuple(leaves), tuple((w.name, w.value.shape) for w in weights))
 
@@ -80,10 +78,10 @@ def train_graph(
     Inputs x, y, lr, p.i, s.j and, if proximal, mu and a.i; outputs loss, p.i.next, s.j.next.
     """
     e = Emit(opened.graph)
-    e.input("y", target.dtype, target.shape)
+    e.input("y", target.dtype or np.float32, target.shape)
     e.input("lr")
-    made = loss.emit(e, opened.logits, "y", True)
-    grads = backward(e, {opened.logits: made.gradient or ""}, opened.leaves)
+    made = loss.learn(e, opened.logits, "y")
+    grads = backward(e, {opened.logits: made.gradient}, opened.leaves)
     gradients = [grads[leaf] for leaf in opened.leaves]
     params = [f"p.{i}" for i in range(len(opened.params))]
     anchors = [f"a.{i}" for i in range(len(params))] if is_proximal else []
@@ -104,8 +102,8 @@ def train_graph(
 def evaluate_graph(opened: Open, loss: Loss, *, target: Value) -> Graph:
     """Return the graph that measures: inputs x, y, p.i; outputs loss and, with classes, correct."""
     e = Emit(opened.graph)
-    e.input("y", target.dtype, target.shape)
-    made = loss.emit(e, opened.logits, "y", False)
+    e.input("y", target.dtype or np.float32, target.shape)
+    made = loss.measure(e, opened.logits, "y")
     results = [made.loss] + ([made.correct] if made.correct else [])
     order = ["x", "y", *(f"p.{i}" for i in range(len(opened.params)))]
     return _finished(e, results, ["loss", "correct"][: len(results)], order, {})
