@@ -48,15 +48,20 @@ class ModelName:
 
 @dataclass(frozen=True, slots=True)
 class Residual:
-    """A codec's state as bytes, and what it is only good for: that codec, on that bundle."""
+    """A codec's state as bytes, and what it is only good for: that codec, on that bundle.
+
+    `order` grows with each update that the device encodes: the greater one is the newer one.
+    """
 
     spec: Spec
     bundle: str
+    order: int
     state: bytes
 
     def to_bytes(self) -> bytes:
         """Return one self-checking record."""
-        head = json.dumps({"spec": self.spec, "bundle": self.bundle}).encode() + b"\n"
+        fields = {"spec": self.spec, "bundle": self.bundle, "order": self.order}
+        head = json.dumps(fields).encode() + b"\n"
         return zlib.crc32(head + self.state).to_bytes(4, "little") + head + self.state
 
     @classmethod
@@ -69,7 +74,11 @@ class Residual:
             raise ValueError("its checksum does not hold")
         head, _, state = data[4:].partition(b"\n")
         fields = json.loads(head)
-        return cls(fields["spec"], fields["bundle"], state)
+        return cls(fields["spec"], fields["bundle"], fields["order"], state)
+
+    def is_for(self, spec: Spec, bundle: str) -> bool:
+        """Say whether it is of this codec on this bundle."""
+        return (self.spec, self.bundle) == (json.loads(json.dumps(spec)), bundle)
 
 
 class Store:
@@ -168,15 +177,13 @@ class Store:
         """Remember which model is in use."""
         self._write_json("model.json", asdict(name))
 
-    def residual(self, spec: Spec, bundle: str) -> bytes:
-        """Return the codec's state for this codec on this bundle; empty when there is none."""
-        known = self._read(self.folder / "residual.bin", Residual.from_bytes, limit=None)
-        is_ours = known is not None and (known.spec, known.bundle) == (_plain(spec), bundle)
-        return known.state if known is not None and is_ours else b""
+    def residual(self) -> Residual | None:
+        """Return what the codec carries to the next update, if anything yet."""
+        return self._read(self.folder / "residual.bin", Residual.from_bytes, limit=None)
 
-    def set_residual(self, record: bytes) -> None:
-        """Keep a `Residual` record, as it lay in the outbox."""
-        files.write(self.folder / "residual.bin", record, mode=0o600)
+    def set_residual(self, residual: Residual) -> None:
+        """Keep what the codec carries to the next update."""
+        files.write(self.folder / "residual.bin", residual.to_bytes(), mode=0o600)
 
     def write_status(self, status: dict[str, Any]) -> None:
         """Write ``status.json``: what a running device says of itself to whoever looks."""
@@ -264,7 +271,3 @@ def _model_name(data: bytes) -> ModelName:
     if not isinstance(name.version, int):
         raise TypeError(f"expected a version number, got {name.version!r}")
     return name
-
-
-def _plain(spec: Spec) -> Any:
-    return json.loads(json.dumps(spec))  # a tuple reads back as a list

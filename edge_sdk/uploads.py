@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a trained delta to an update that is safe: encoded, signed, in the outbox, on its way.
+
+The codec's state (the residual) moves on only with a receipt. Should another round be trained
+before that receipt comes, the waiting update is taken as accepted, which it nearly always is.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from edge_sdk import chunks, codec, messages, topics
+from edge_sdk.bundle import Bundle
+from edge_sdk.codec import Codec, State
+from edge_sdk.errors import CodecError
+from edge_sdk.failpoints import Failpoints
+from edge_sdk.messages import Invite, Update
+from edge_sdk.outbox import Entry, Outbox
+from edge_sdk.params import unflatten
+from edge_sdk.signing import DeviceKey
+from edge_sdk.store import Residual, Store
+from edge_sdk.types import Params, Spec
+
+log = logging.getLogger(__name__)
+
+Publish = Callable[[str, bytes], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """What a training brought, as far as an update tells it."""
+
+    delta: Path
+    """Flat little-endian float32, `local - base`."""
+    examples: int
+    steps: int
+    loss: float
+    seconds: float
+
+
+class Uploads:
+    """The way out of a device, for one task."""
+
+    def __init__(
+        self,
+        *,
+        task: str,
+        key: DeviceKey,
+        store: Store,
+        outbox: Outbox,
+        publish: Publish,
+        failpoints: Failpoints,
+        max_packet: Callable[[], int],
+    ) -> None:
+        self._task, self._key, self._store, self._outbox = task, key, store, outbox
+        self._publish, self._failpoints, self._max_packet = publish, failpoints, max_packet
+
+    def submit(self, invite: Invite, trained: Training, bundle: Bundle) -> bytes:
+        """Put the update of a round into the outbox and send it; return what a receipt calls it.
+
+        Raises: CodecError when the delta is not finite or the codec unknown; StoreError when the
+        disk refuses; MessageError when the update is too large.
+        """
+        chain = codec.from_spec(invite.codec)
+        known = self._newest()
+        state = self._state(chain, known, invite.codec, bundle)
+        blob, pending = chain.encode(_delta(trained.delta, bundle), state)
+        frame = messages.encode(
+            Update(
+                round=invite.round,
+                version=invite.version,
+                examples=trained.examples,
+                steps=trained.steps,
+                loss=float(trained.loss),
+                seconds=float(trained.seconds),
+                body=blob,
+            ),
+            self._key,
+            self._topic("update"),
+        )
+        update = messages.Signed(frame, self._topic("update")).id
+
+        def record(*, accepted: bool) -> bytes:
+            after = chain.dump(chain.commit(pending, accepted=accepted))
+            order = known.order + 1 if known else 1
+            return Residual(invite.codec, bundle.digest, order, after).to_bytes()
+
+        entry = Entry(update, invite.round, frame, record(accepted=True), record(accepted=False))
+        self._outbox.append(entry)
+        log.info("update kept round=%d bytes=%d", invite.round, len(frame))
+        self._send(frame)
+        return update
+
+    def resend(self, update: bytes) -> None:
+        """Send an update from the outbox again; one that is no longer there is let go."""
+        if (entry := self._outbox.entry(update)) is not None:
+            log.info("update sent again round=%d", entry.round)
+            self._send(entry.frame)
+
+    def settle(self, update: bytes, *, accepted: bool) -> None:
+        """Act on a receipt: move the residual on, then take the update out of the outbox.
+
+        In this order, so that a power cut between the two repeats the first.
+        Raises: StoreError when the disk refuses.
+        """
+        if (entry := self._outbox.entry(update)) is not None:
+            after = Residual.from_bytes(entry.if_accepted if accepted else entry.if_refused)
+            known = self._store.residual()
+            if known is None or after.order > known.order:
+                self._store.set_residual(after)
+        self._outbox.remove(update)
+
+    def _newest(self) -> Residual | None:
+        """The state after the last update that was encoded here, taken as accepted."""
+        waiting = (self._outbox.entry(w.update) for w in reversed(list(self._outbox)))
+        last = next((entry for entry in waiting if entry is not None), None)
+        found = [self._store.residual(), Residual.from_bytes(last.if_accepted) if last else None]
+        return max(filter(None, found), key=lambda residual: residual.order, default=None)
+
+    def _state(self, chain: Codec, known: Residual | None, spec: Spec, bundle: Bundle) -> State:
+        if known is not None and known.is_for(spec, bundle.digest):
+            try:
+                return chain.load(known.state, bundle.shapes)
+            except CodecError as error:
+                log.warning("residual damaged, begun anew reason=%s", error)
+        return chain.init(bundle.shapes, seed=int.from_bytes(self._key.public[:7], "little"))
+
+    def _send(self, frame: bytes) -> None:
+        packets = [(self._topic("update"), frame)]
+        if len(frame) > (limit := self._max_packet()):
+            topic = self._topic("chunk")
+            cut = chunks.split(frame, limit)
+            packets = [(topic, messages.encode(chunk, self._key, topic)) for chunk in cut]
+        for packet in packets[:-1]:
+            self._publish(*packet)
+        self._failpoints.reach("before_last_chunk")
+        self._publish(*packets[-1])
+        self._failpoints.reach("after_send")
+
+    def _topic(self, kind: str) -> str:
+        return topics.up(self._task, self._key.id, kind)
+
+
+def _delta(path: Path, bundle: Bundle) -> Params:
+    try:
+        flat = np.fromfile(path, "<f4").astype(np.float32)
+        return unflatten(flat, bundle.shapes)
+    except (OSError, ValueError) as error:
+        raise CodecError(f"expected a delta of this bundle from training, got: {error}") from error
