@@ -1,0 +1,374 @@
+# SPDX-License-Identifier: Apache-2.0
+"""For every operator in the table of rules: settings to differentiate it at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from check_grads import Case
+
+_RNG = np.random.default_rng(20)
+F = np.float32
+
+
+def normal(*shape: int) -> np.ndarray:
+    """Return standard normal values."""
+    return _RNG.standard_normal(shape).astype(F)
+
+
+def positive(*shape: int) -> np.ndarray:
+    """Return values in [0.5, 2]."""
+    return _RNG.uniform(0.5, 2.0, shape).astype(F)
+
+
+def spaced(*shape: int, gap: float = 0.1, shift: float = 0.05) -> np.ndarray:
+    """Return values that differ by at least `gap` and keep half a gap from multiples of it."""
+    n = int(np.prod(shape))
+    return ((_RNG.permutation(n) - n // 2) * gap + shift).astype(F).reshape(shape)
+
+
+def ints(*values: int) -> np.ndarray:
+    """Return an int64 vector."""
+    return np.array(values, np.int64)
+
+
+def _unary(op: str, make: Callable[..., np.ndarray], *settings: dict[str, Any]) -> list[Case]:
+    settings = settings or ({}, {})
+    shapes = [(3, 4), (2, 3, 5), (4,)]
+    return [
+        Case(op, (make(*shapes[i % 3]),), setting, batch=(0,)) for i, setting in enumerate(settings)
+    ]
+
+
+def _binary(op: str, right: Callable[..., np.ndarray] = normal) -> list[Case]:
+    return [
+        Case(op, (normal(3, 4), right(3, 4)), wrt=(0, 1), batch=(0, 1)),
+        Case(op, (normal(3, 4), right(4)), wrt=(0, 1), batch=(0,)),
+        Case(op, (normal(2, 3, 4), right(3, 1)), wrt=(0, 1), batch=(0,)),
+        Case(op, (normal(1, 4), right(3, 4)), wrt=(0, 1)),
+        Case(op, (normal(2, 3), right(1, 3)), wrt=(0, 1), batch=(0,)),
+        Case(op, (normal(2, 3), right()), wrt=(0, 1), batch=(0,)),
+    ]
+
+
+_TWO = [(3, 4), (2, 3, 5)]
+
+ELEMENTWISE = [
+    *_binary("Add"),
+    *_binary("Sub"),
+    *_binary("Mul"),
+    *_binary("Div", positive),
+    *_unary("Neg", normal),
+    *_unary("Abs", spaced),
+    *_unary("Reciprocal", positive),
+    *_unary("Exp", normal),
+    *_unary("Log", positive),
+    *_unary("Sqrt", positive),
+    *[Case("Erf", (normal(*s),), meaning=np.vectorize(math.erf), batch=(0,)) for s in _TWO],
+    *_unary("Sigmoid", normal),
+    *_unary("Tanh", normal),
+    *_unary("Softplus", normal),
+    *_unary("Relu", spaced),
+    *_unary("LeakyRelu", spaced, {}, {"alpha": 0.3}, {"alpha": -0.5}),
+    *_unary("Elu", spaced, {}, {"alpha": 0.3}),
+    *_unary("HardSigmoid", lambda *s: spaced(*s, gap=0.7), {}, {"alpha": 0.3, "beta": 0.4}),
+    *_unary("HardSwish", lambda *s: spaced(*s, gap=0.7)),
+    Case("PRelu", (spaced(3, 4), normal(4)), wrt=(0, 1), batch=(0,)),
+    Case("PRelu", (spaced(2, 3, 2, 2), normal(3, 1, 1)), wrt=(0, 1), batch=(0,)),
+    Case("Clip", (spaced(4, 5), np.array(-0.3, F), np.array(0.6, F)), {}, fixed=(1, 2), batch=(0,)),
+    Case(
+        "Clip",
+        (spaced(4, 5, gap=0.7), np.array(0, F), np.array(6, F)),
+        {},
+        fixed=(1, 2),
+        batch=(0,),
+    ),
+    Case("Clip", (spaced(4, 5), None, np.array(0.6, F)), {}, fixed=(2,), batch=(0,)),
+    Case("Clip", (spaced(4, 5), np.array(-0.2, F)), {}, fixed=(1,), batch=(0,)),
+    Case("Clip", (spaced(4, 5), np.array(-0.3, F), np.array(0.6, F)), {}, batch=(0,)),
+    Case("Clip", (spaced(4, 5),), {}, batch=(0,)),
+    Case("Pow", (positive(3, 4), np.array(2, F)), fixed=(1,), batch=(0,)),
+    Case("Pow", (positive(3, 4), np.array(-0.5, F)), fixed=(1,), batch=(0,)),
+    Case("Pow", (normal(3, 4), np.array(3, np.int64)), fixed=(1,), batch=(0,)),
+    Case("Pow", (positive(3, 1), positive(4)), batch=(0,)),
+    Case("Where", (_RNG.random((3, 4)) > 0.5, normal(3, 4), normal(4)), wrt=(1, 2), batch=(0, 1)),
+    Case("Where", (np.array([True, False]), normal(3, 2), normal(3, 1)), wrt=(1, 2)),
+]
+
+LINEAR = [
+    Case("Gemm", (normal(3, 4), normal(4, 5), normal(5)), wrt=(0, 1, 2), batch=(0,)),
+    Case(
+        "Gemm",
+        (normal(3, 4), normal(5, 4), normal(1, 5)),
+        {"transB": 1, "alpha": 0.5, "beta": 2.0},
+        wrt=(0, 1, 2),
+        batch=(0,),
+    ),
+    Case("Gemm", (normal(4, 3), normal(4, 5)), {"transA": 1, "alpha": 2.0}, wrt=(0, 1)),
+    Case(
+        "Gemm",
+        (normal(4, 3), normal(5, 4), normal(3, 1)),
+        {"transA": 1, "transB": 1},
+        wrt=(0, 1, 2),
+    ),
+    Case("Gemm", (normal(3, 4), normal(4, 2), normal()), {"beta": 0.3}, wrt=(0, 1, 2), batch=(0,)),
+    Case("MatMul", (normal(3, 4), normal(4, 2)), wrt=(0, 1), batch=(0,)),
+    Case("MatMul", (normal(3, 2, 4), normal(4, 5)), wrt=(0, 1), batch=(0,)),
+    Case("MatMul", (normal(3, 2, 4), normal(3, 4, 5)), wrt=(0, 1), batch=(0, 1)),
+    Case("MatMul", (normal(3, 2, 4), normal(1, 4, 5)), wrt=(0, 1), batch=(0,)),
+    Case("MatMul", (normal(2, 4), normal(3, 4, 5)), wrt=(0, 1), batch=(1,)),
+    Case("MatMul", (normal(2, 1, 3, 4), normal(3, 4, 2)), wrt=(0, 1), batch=(0,)),
+    Case("MatMul", (normal(4), normal(4)), wrt=(0, 1)),
+    Case("MatMul", (normal(4), normal(4, 3)), wrt=(0, 1)),
+    Case("MatMul", (normal(3, 4), normal(4)), wrt=(0, 1), batch=(0,)),
+    Case("MatMul", (normal(4), normal(2, 4, 3)), wrt=(0, 1), batch=(1,)),
+    Case("MatMul", (normal(2, 3, 4), normal(4)), wrt=(0, 1), batch=(0,)),
+]
+
+
+def _linear_in_each(op: str, inputs: tuple[Any, ...], attributes: dict[str, Any]) -> Case:
+    return Case(
+        op,
+        inputs,
+        attributes,
+        wrt=tuple(range(len(inputs))),
+        batch=(0,),
+        eps=0.5,
+        evaluator="ort",
+    )
+
+
+def _conv(x: tuple[int, ...], w: tuple[int, ...], bias: bool = False, **attributes: Any) -> Case:
+    inputs = (normal(*x), normal(*w), normal(w[0])) if bias else (normal(*x), normal(*w))
+    return _linear_in_each("Conv", inputs, attributes)
+
+
+def _deconv(x: tuple[int, ...], w: tuple[int, ...], bias: int = 0, **attributes: Any) -> Case:
+    inputs = (normal(*x), normal(*w), normal(bias)) if bias else (normal(*x), normal(*w))
+    return _linear_in_each("ConvTranspose", inputs, attributes)
+
+
+CONV = [
+    _conv((2, 3, 5, 4), (4, 3, 3, 3), bias=True),
+    _conv((2, 5, 5, 4), (3, 5, 3, 3), bias=True, pads=[1, 1, 1, 1]),
+    _conv((2, 5, 7, 6), (3, 5, 3, 2), strides=[2, 3], pads=[1, 0, 2, 1]),
+    _conv((2, 5, 7, 7), (3, 5, 3, 3), dilations=[2, 2], pads=[2, 1, 2, 0]),
+    _conv((2, 5, 8, 7), (3, 5, 3, 3), dilations=[2, 1], strides=[2, 2], pads=[1, 1, 1, 1]),
+    _conv((2, 5, 6, 5), (3, 5, 3, 3), strides=[2, 2], auto_pad="SAME_UPPER"),
+    _conv((2, 3, 6, 5), (3, 3, 2, 2), auto_pad="SAME_LOWER"),
+    _conv((2, 5, 6, 6), (3, 5, 3, 3), strides=[2, 2], auto_pad="VALID"),
+    _conv((2, 5, 4, 3), (6, 5, 1, 1), bias=True),
+    _conv((2, 5, 5, 4), (6, 5, 1, 1), strides=[2, 2]),
+    _conv((2, 5, 5, 4), (6, 5, 1, 1), pads=[1, 1, 1, 1]),
+    _conv((2, 1, 8, 5), (3, 1, 4, 2), strides=[2, 2], pads=[1, 1, 1, 1]),
+    _conv((2, 4, 5, 5), (4, 1, 3, 3), bias=True, group=4, pads=[1, 1, 1, 1]),
+    _conv((2, 4, 6, 5), (4, 1, 3, 3), group=4, strides=[2, 2], pads=[1, 1, 1, 1]),
+    _conv((2, 3, 5, 5), (6, 1, 3, 3), group=3, pads=[1, 1, 1, 1]),
+    _conv((2, 4, 5, 5), (6, 2, 3, 3), group=2, strides=[2, 1]),
+    _conv((2, 4, 6, 6), (4, 2, 3, 3), group=2, dilations=[2, 2], pads=[2, 2, 2, 2]),
+    _conv((2, 3, 9), (4, 3, 3), bias=True, pads=[1, 1]),
+    _conv((2, 5, 9), (4, 5, 3), strides=[2], dilations=[2]),
+    _conv((2, 4, 9), (4, 1, 3), group=4, strides=[3], pads=[2, 0]),
+    _conv((1, 2, 3, 4, 3), (2, 2, 2, 2, 2)),
+    _deconv((2, 3, 4, 3), (3, 2, 3, 3), bias=2),
+    _deconv((2, 3, 4, 3), (3, 2, 3, 3), strides=[2, 2], pads=[1, 0, 0, 1]),
+    _deconv((2, 3, 4, 3), (3, 2, 3, 3), strides=[2, 2], pads=[1] * 4, output_padding=[1, 1]),
+    _deconv((2, 4, 4, 3), (4, 1, 3, 3), bias=2, group=2, strides=[2, 1]),
+    _deconv((2, 4, 4, 3), (4, 1, 2, 2), group=4, strides=[2, 2]),
+    _deconv((2, 3, 4, 3), (3, 2, 3, 3), strides=[2, 2], auto_pad="SAME_UPPER"),
+    _deconv((2, 3, 4, 3), (3, 2, 2, 3), dilations=[2, 1]),
+    _deconv((2, 3, 4, 3), (3, 2, 3, 3), strides=[2, 2], output_shape=[8, 6]),
+    _deconv((2, 5, 6), (5, 2, 4), strides=[2], pads=[1, 1]),
+]
+
+
+def _average(*shape: int, **attributes: Any) -> Case:
+    return _linear_in_each("AveragePool", (normal(*shape),), attributes)
+
+
+def _maximum(*shape: int, outputs: int = 1, **attributes: Any) -> Case:
+    return Case(
+        "MaxPool",
+        (spaced(*shape),),
+        attributes,
+        batch=(0,),
+        eps=0.02,
+        evaluator="ort",
+        outputs=outputs,
+    )
+
+
+POOL = [
+    _average(2, 3, 4, 6, kernel_shape=[2, 2], strides=[2, 2]),
+    _average(2, 3, 5, 5, kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1]),
+    _average(2, 3, 5, 5, kernel_shape=[3, 3], pads=[1, 0, 1, 1], count_include_pad=1),
+    _average(2, 3, 6, 5, kernel_shape=[3, 2], strides=[2, 2], ceil_mode=1),
+    _average(2, 3, 6, 6, kernel_shape=[3, 3], strides=[2, 2], ceil_mode=1, pads=[1, 1, 0, 0]),
+    _average(2, 3, 7, 5, kernel_shape=[3, 3], strides=[2, 2], auto_pad="SAME_UPPER"),
+    _average(2, 3, 5, 5, kernel_shape=[2, 2], auto_pad="SAME_LOWER"),
+    _average(2, 3, 5, 4, kernel_shape=[5, 4]),
+    _average(2, 3, 8, kernel_shape=[3], strides=[2]),
+    _maximum(2, 3, 4, 6, kernel_shape=[2, 2], strides=[2, 2]),
+    _maximum(2, 3, 5, 5, kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1]),
+    _maximum(2, 2, 6, 6, kernel_shape=[3, 3], strides=[2, 2], ceil_mode=1),
+    _maximum(2, 2, 6, 6, kernel_shape=[2, 2], dilations=[2, 2]),
+    _maximum(2, 3, 5, 5, kernel_shape=[3, 3], auto_pad="SAME_UPPER"),
+    _maximum(2, 3, 9, kernel_shape=[2], strides=[2]),
+    _maximum(2, 3, 4, 4, kernel_shape=[2, 2], strides=[2, 2], outputs=2),
+    _linear_in_each("GlobalAveragePool", (normal(2, 3, 4, 5),), {}),
+    _linear_in_each("GlobalAveragePool", (normal(2, 3, 4),), {}),
+    Case("GlobalMaxPool", (spaced(2, 3, 4, 2),), batch=(0,)),
+    Case("GlobalMaxPool", (spaced(2, 3, 4),), batch=(0,), eps=0.02, evaluator="ort"),
+]
+
+NORM = [
+    Case(
+        "BatchNormalization",
+        (normal(3, 4, 2, 3), normal(4), normal(4), normal(4), positive(4)),
+        wrt=(0, 1, 2),
+        fixed=(3, 4),
+        batch=(0,),
+    ),
+    Case(
+        "BatchNormalization",
+        (normal(3, 4), normal(4), normal(4), normal(4), positive(4)),
+        {"epsilon": 0.1},
+        wrt=(0, 1, 2),
+        fixed=(3, 4),
+        batch=(0,),
+    ),
+    Case("LayerNormalization", (normal(2, 3, 5), normal(5), normal(5)), wrt=(0, 1, 2), batch=(0,)),
+    Case(
+        "LayerNormalization",
+        (normal(2, 3, 5), normal(3, 5), normal(3, 5)),
+        {"axis": 1, "epsilon": 0.1},
+        wrt=(0, 1, 2),
+        batch=(0,),
+    ),
+    Case("LayerNormalization", (normal(4, 6), normal(6)), {"axis": 1}, wrt=(0, 1), batch=(0,)),
+    Case("Softmax", (normal(3, 5),), batch=(0,)),
+    Case("Softmax", (normal(2, 4, 3),), {"axis": 1}, batch=(0,)),
+    Case("LogSoftmax", (normal(3, 5),), batch=(0,)),
+    Case("LogSoftmax", (normal(2, 4, 3),), {"axis": 1}, batch=(0,)),
+]
+
+
+def _reduce(op: str, make: Callable[..., np.ndarray] = normal) -> list[Case]:
+    return [
+        Case(op, (make(3, 4, 2), ints(1)), {"keepdims": 0}, fixed=(1,), batch=(0,)),
+        Case(op, (make(3, 4, 2), ints(-1, 1)), {"keepdims": 1}, fixed=(1,), batch=(0,)),
+        Case(op, (make(3, 4),), {"noop_with_empty_axes": 1}, batch=(0,)),
+        Case(op, (make(3, 4),), {"keepdims": 0}),
+        Case(op, (make(3, 4), ints(0)), {"keepdims": 0}, fixed=(1,)),
+    ]
+
+
+REDUCE = [*_reduce("ReduceSum"), *_reduce("ReduceMean"), *_reduce("ReduceMax", spaced)]
+
+
+def _linear_at_first(op: str, inputs: tuple[Any, ...]) -> Case:
+    """Return a case whose other inputs are constants, its evaluator being onnxruntime."""
+    fixed = tuple(range(1, len(inputs)))
+    return Case(op, inputs, fixed=fixed, batch=(0,), eps=0.5, evaluator="ort")
+
+
+SHAPE = [
+    *_unary("Identity", normal),
+    Case("Cast", (normal(3, 4),), {"to": 1}, batch=(0,), eps=0.5),
+    Case("Cast", (normal(3, 4),), {"to": 11}, batch=(0,)),
+    Case("Reshape", (normal(2, 3, 4), ints(0, -1)), fixed=(1,), batch=(0,)),
+    Case("Reshape", (normal(2, 12), ints(-1, 3, 4)), fixed=(1,), batch=(0,)),
+    Case("Flatten", (normal(2, 3, 4),), batch=(0,)),
+    Case("Flatten", (normal(2, 3, 4),), {"axis": 2}),
+    Case("Transpose", (normal(2, 3, 4),), {"perm": [0, 2, 1]}, batch=(0,)),
+    Case("Transpose", (normal(2, 3, 4),), {"perm": [1, 2, 0]}),
+    Case("Transpose", (normal(2, 3, 4),)),
+    Case("Squeeze", (normal(2, 1, 4), ints(1)), fixed=(1,), batch=(0,)),
+    Case("Squeeze", (normal(2, 1, 4, 1),)),
+    Case("Unsqueeze", (normal(2, 4), ints(1)), fixed=(1,), batch=(0,)),
+    Case("Unsqueeze", (normal(2, 4), ints(1, -1)), fixed=(1,), batch=(0,)),
+    Case("Expand", (normal(3, 1), ints(2, 3, 4)), fixed=(1,)),
+    Case("Expand", (normal(3, 1, 4), ints(1, 5, 1)), fixed=(1,), batch=(0,)),
+    Case(
+        "Concat", (normal(2, 3), normal(2, 1), normal(2, 2)), {"axis": 1}, (0, 1, 2), (), (0, 1, 2)
+    ),
+    Case("Concat", (normal(2, 3), normal(2, 4)), {"axis": -1}, (1,), (), (0, 1)),
+    Case("Concat", (normal(2, 3), normal(1, 3)), {"axis": 0}, (0, 1)),
+    Case("Split", (normal(2, 6),), {"axis": 1, "num_outputs": 3}, (0,), (), (0,), 3, (0, 1, 2)),
+    Case("Split", (normal(2, 6), ints(1, 5)), {"axis": 1}, (0,), (1,), (0,), 2, (1,)),
+    Case("Split", (normal(4, 2), ints(1, 3)), {"axis": 0}, (0,), (1,), (), 2, (0, 1)),
+    Case("Slice", (normal(3, 6), ints(1), ints(5), ints(1)), fixed=(1, 2, 3), batch=(0,)),
+    Case(
+        "Slice",
+        (normal(3, 6), ints(5), ints(-(2**31)), ints(1), ints(-2)),
+        fixed=(1, 2, 3, 4),
+        batch=(0,),
+    ),
+    Case("Slice", (normal(3, 6), ints(0, -4), ints(2, 2**40)), fixed=(1, 2)),
+    Case(
+        "Slice",
+        (normal(2, 6, 7), ints(1, 0), ints(6, 100), ints(-1, 1), ints(3, 2)),
+        fixed=(1, 2, 3, 4),
+        batch=(0,),
+    ),
+    Case("Gather", (normal(3, 5), np.array([[0, 2], [4, 2]])), {"axis": 1}, (0,), (1,), (0,)),
+    Case("Gather", (normal(5, 3), ints(1, -1, 1)), {}, (0,), (1,)),
+    Case("Gather", (normal(5, 3), np.array([[1, 0], [1, 3]])), {"axis": 0}),
+    Case("Gather", (normal(3, 5, 2), np.array(-1)), {"axis": 1}, (0,), (1,), (0,)),
+    Case("Pad", (normal(2, 3, 4), ints(0, 1, 0, 0, 2, 1)), {}, (0,), (1,), (0,)),
+    _linear_at_first("Pad", (normal(2, 5), ints(1, -1), np.array(3, F), ints(1))),
+    Case(
+        "Pad", (normal(2, 5), ints(2, 3), None, ints(-1)), {"mode": "reflect"}, (0,), (1, 3), (0,)
+    ),
+    Case("Pad", (normal(2, 3, 4), ints(0, 1, 2, 0, 2, 1)), {"mode": "edge"}, (0,), (1,), (0,)),
+    Case("Dropout", (normal(3, 4),), batch=(0,)),
+    Case("Dropout", (normal(3, 4), np.array(0.3, F)), fixed=(1,), batch=(0,), outputs=2),
+]
+
+
+def _quantized(dtype: Any, scale: np.ndarray, zero: np.ndarray | None, axis: int) -> Case:
+    """Quantize and dequantize: to be differentiated as a clip at the quantizer's range."""
+    info = np.iinfo(dtype)
+
+    def build(e: Any, x: str) -> str:
+        s = e.const(scale)
+        z = None if zero is None else e.const(zero, dtype)
+        return e.DequantizeLinear(e.QuantizeLinear(x, s, z, axis=axis), s, z, axis=axis)
+
+    ones = [1, 1]
+    if scale.ndim:
+        ones[axis] = -1
+    s = scale.reshape(ones)
+    z = (
+        np.zeros((1, 1))
+        if zero is None
+        else zero.astype(float).reshape(ones if zero.ndim else [1, 1])
+    )
+
+    def meaning(x: np.ndarray) -> np.ndarray:
+        return np.clip(x, (info.min - z - 0.5) * s, (info.max - z + 0.5) * s)
+
+    x = (normal(4, 3) * 150 * s).astype(F)
+    return Case(
+        "QuantizeLinear",
+        (x,),
+        {"dtype": str(np.dtype(dtype)), "axis": axis},
+        build=build,
+        meaning=meaning,
+        covers=(("DequantizeLinear", 0),),
+        batch=() if scale.ndim and axis == 0 else (0,),
+    )
+
+
+QUANTIZE = [
+    _quantized(np.int8, np.array(0.1, F), np.array(3, np.int8), 1),
+    _quantized(np.uint8, np.array(0.02, F), np.array(128, np.uint8), 1),
+    _quantized(np.uint8, np.array(0.1, F), None, 1),
+    _quantized(np.int8, np.array([0.1, 0.2, 0.01], F), np.array([0, 5, -7], np.int8), 1),
+    _quantized(np.int8, np.array([0.1, 0.2, 0.01, 0.3], F), np.zeros(4, np.int8), 0),
+]
+
+CASES = [*ELEMENTWISE, *LINEAR, *CONV, *POOL, *NORM, *REDUCE, *SHAPE, *QUANTIZE]
