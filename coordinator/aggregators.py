@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Folds of updates: memory O(model) however many report, the same sum in whatever order they come.
+
+The weighted mean adds integers. An update of integers `q` and step `m * 2**e` (a bfloat16, so m has
+8 bits) adds `q * m * weight * 2**(e + FRACTION_BITS)` to an int64 for each number, rounded to
+nearest where that is not whole. Integers add up the same in any order, on any machine, in one
+process or sharded over many, and `subtract` takes an update back exactly.
+
+Headroom: an int64 holds 2**63. A fleet of 1e5 devices of 1e4 examples each weighs 1e9 * 2**8 (the
+discount's units) = 2**37.9. With 20 fraction bits that leaves changes of up to 2**5 = 32 in every
+number of every update, and a resolution of 2**-28 for a single example. The bound is kept exactly:
+an update that could overflow is refused before anything is added.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_sdk.codec import Lattice
+from edge_sdk.errors import ConfigError, FedgeError
+from edge_sdk.types import Array, Spec
+
+FRACTION_BITS = 20
+WEIGHT_ONE = 2**8
+"""The weight of one example without a discount."""
+MAX_EXAMPLES = 10_000
+CEILING = 2**63 - 1
+HEAD = struct.Struct("<4sHhQQQQ")  # magic, version, reserved, n, weight, bound, updates
+MAGIC = b"FDGM"
+
+
+class AccumulatorFull(FedgeError, OverflowError):  # noqa: N818 - named for what it tells
+    """Adding this update could overflow: commit what is there, or refuse the update."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """A weighted sum on its way. `add` writes into `total`: the state passed in is used up."""
+
+    total: NDArray[np.int64]  # [n], units of 2**-FRACTION_BITS / WEIGHT_ONE
+    weight: int = 0
+    bound: int = 0  # no entry of |total| is larger
+    updates: int = 0
+
+
+class Aggregator(NamedTuple):
+    """A fold of updates as a value."""
+
+    spec: Spec
+    init: Callable[[int], Sum]
+    add: Callable[[Sum, Lattice, int], Sum]
+    result: Callable[[Sum], Array]
+    subtract: Callable[[Sum, Lattice, int], Sum]
+    merge: Callable[[Sum, Sum], Sum]
+
+
+def weight_of(examples: int, discount: float = 1.0, *, cap: int = MAX_EXAMPLES) -> int:
+    """Return the integer weight of an update: its examples, at most `cap`, times its discount.
+
+    Raises: ValueError for no examples or a discount outside (0, 1].
+    """
+    if examples < 1 or not 0.0 < discount <= 1.0:
+        raise ValueError(
+            f"expected at least one example and a discount above 0 up to 1, "
+            f"got {examples} examples and a discount of {discount}"
+        )
+    return min(examples, cap) * max(1, round(discount * WEIGHT_ONE))
+
+
+def weighted_mean() -> Aggregator:
+    """Average deltas by weight (McMahan et al. 2017, algorithm 1), in int64 fixed point."""
+    return Aggregator(["weighted_mean"], init, add, result, subtract, merge)
+
+
+def init(count: int) -> Sum:
+    """Start a sum over a model of `count` numbers."""
+    return Sum(np.zeros(count, np.int64))
+
+
+def add(state: Sum, update: Lattice, weight: int) -> Sum:
+    """Add an update; `weight` comes from `weight_of`.
+
+    Raises: AccumulatorFull when the sum might overflow, ValueError when the update does not fit the
+        model. The state is unchanged then.
+    """
+    _check_fit(state.total.size, update, weight)
+    values, largest = _fixed(update, weight)
+    bound = state.bound + largest
+    if bound > CEILING or state.weight + weight > CEILING:
+        raise AccumulatorFull(
+            f"expected a sum below 2**63, got an update of weight {weight} that may exceed it "
+            f"after {state.updates} updates: commit the round first, or clip the update"
+        )
+    _scatter(state.total, update, values)
+    return replace(state, weight=state.weight + weight, bound=bound, updates=state.updates + 1)
+
+
+def subtract(state: Sum, update: Lattice, weight: int) -> Sum:
+    """Take back an update that was added with the same weight; exact.
+
+    Raises: ValueError when the update does not fit the model, or more is taken than was added.
+    """
+    _check_fit(state.total.size, update, weight)
+    values, largest = _fixed(update, weight)
+    if state.updates < 1 or largest > state.bound or weight > state.weight:
+        raise ValueError("expected an update that was added before, got one that cannot have been")
+    _scatter(state.total, update, -values)
+    return replace(
+        state, weight=state.weight - weight, bound=state.bound - largest, updates=state.updates - 1
+    )
+
+
+def merge(one: Sum, other: Sum) -> Sum:
+    """Return the sum of two shards of a round; both are left as they are.
+
+    Raises: AccumulatorFull when the sum might overflow, ValueError for different models.
+    """
+    if one.total.shape != other.total.shape:
+        raise ValueError(f"expected shards of one model, got {one.total.size}, {other.total.size}")
+    bound, weight = one.bound + other.bound, one.weight + other.weight
+    if bound > CEILING or weight > CEILING:
+        raise AccumulatorFull("expected shards that sum below 2**63, got more: commit one first")
+    return Sum(one.total + other.total, weight, bound, one.updates + other.updates)
+
+
+def result(state: Sum) -> Array:
+    """Return the weighted mean: float32 `[n]`; zeros where nothing was added."""
+    if state.weight == 0:
+        return np.zeros(state.total.size, np.float32)
+    return np.divide(state.total, math.ldexp(state.weight, FRACTION_BITS)).astype(np.float32)
+
+
+def dump(state: Sum) -> bytes:
+    """Return a sum as bytes."""
+    head = HEAD.pack(MAGIC, 1, 0, state.total.size, state.weight, state.bound, state.updates)
+    return head + state.total.astype("<i8").tobytes()
+
+
+def load(data: bytes) -> Sum:
+    """Return the sum that `dump` wrote.
+
+    Raises: ValueError when the bytes are not one.
+    """
+    if len(data) < HEAD.size or data[:4] != MAGIC:
+        raise ValueError("expected a stored sum of updates, got other bytes")
+    _, version, _, count, weight, bound, updates = HEAD.unpack_from(data)
+    if version != 1 or len(data) != HEAD.size + 8 * count:
+        raise ValueError(f"expected a stored sum of {count} numbers, got {len(data)} bytes")
+    total = np.frombuffer(data, "<i8", offset=HEAD.size).astype(np.int64)
+    return Sum(total, weight, bound, updates)
+
+
+def from_spec(spec: Spec | str) -> Aggregator:
+    """Return the aggregator that a spec spells.
+
+    Raises: ConfigError for one that is not known.
+    """
+    if spec not in (["weighted_mean"], "weighted_mean"):
+        raise ConfigError(f"expected an aggregator among ['weighted_mean'], got {spec!r:.80}")
+    return weighted_mean()
+
+
+def _check_fit(count: int, update: Lattice, weight: int) -> None:
+    found = update.positions
+    if weight < 1:
+        raise ValueError(f"expected a positive weight, got {weight}")
+    if found is None:
+        if update.q.size != count:
+            raise ValueError(f"expected {count} numbers, got an update of {update.q.size}")
+    elif found.size != update.q.size or (found.size and not 0 <= found[0] <= found[-1] < count):
+        raise ValueError(f"expected positions below {count}, got an update that does not fit")
+
+
+def _fixed(update: Lattice, weight: int) -> tuple[NDArray[np.int64], int]:
+    """Return the update's integers in the sum's units, and the largest of them, as if positive."""
+    if not update.q.size:
+        return np.zeros(0, np.int64), 0
+    top = max(int(update.q.max()), -int(update.q.min()))
+    factor, shift = _factor(update.step, weight)
+    if shift >= 0 or top * factor > CEILING >> 1:
+        # either a whole multiple, or so large that the factor itself is rounded
+        return _large(update, top, factor, shift)
+    values = update.q.astype(np.int64)
+    values *= factor
+    values += 1 << (-shift - 1)
+    values >>= -shift
+    return values, (top * factor >> -shift) + 1
+
+
+def _large(update: Lattice, top: int, factor: int, shift: int) -> tuple[NDArray[np.int64], int]:
+    whole = factor << shift if shift >= 0 else (factor + (1 << (-shift - 1))) >> -shift
+    if top * whole > CEILING:
+        raise AccumulatorFull(
+            f"expected changes that fit a sum below 2**63, got up to {top * update.step:g}: "
+            "refuse the update"
+        )
+    return update.q.astype(np.int64) * whole, top * whole
+
+
+def _factor(step: float, weight: int) -> tuple[int, int]:
+    """Return (odd integer, shift) with `step * weight * 2**FRACTION_BITS = integer * 2**shift`."""
+    over, under = step.as_integer_ratio()  # exact; `under` is a power of two
+    number, shift = over * weight, FRACTION_BITS - (under.bit_length() - 1)
+    zeros = (number & -number).bit_length() - 1
+    return number >> zeros, shift + zeros
+
+
+def _scatter(total: NDArray[np.int64], update: Lattice, values: NDArray[np.int64]) -> None:
+    if update.positions is None:
+        total += values
+    else:
+        np.add.at(total, update.positions, values)

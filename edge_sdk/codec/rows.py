@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Positions by the rows and columns of their tensors: dead inputs and dead units cost nothing.
+
+Each tensor is read as a matrix, `[first, rest]` or its transpose, whichever is cheaper. Columns
+that nothing touches are dropped, rows that nothing touches are skipped, and each row's gaps are
+Rice-coded with a width that follows from how full the row is, so no width is sent.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from typing import NamedTuple, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_sdk.codec import bits, symbols
+from edge_sdk.codec.bits import Ints
+from edge_sdk.errors import CodecError
+from edge_sdk.types import Shapes
+
+WORTHWHILE = 256
+"""Fewer positions than this never pay for the side information."""
+
+HEAD = struct.Struct("<III")
+
+
+class Side(NamedTuple):
+    """One tensor seen as a matrix: which columns live, how many positions each row holds."""
+
+    local: Ints  # [k] ascending positions inside the tensor
+    height: int
+    width: int
+    turned: bool
+    live: NDArray[np.bool_]  # [width]
+    counts: Ints  # [height]
+    cost_bits: int
+
+
+class Table(NamedTuple):
+    """All tensors of an update as sides, with the bytes they are expected to take."""
+
+    sides: list[Side]
+    estimate: int
+
+
+def tabulate(positions: Ints, shapes: Shapes) -> Table:
+    """Lay ascending flat `positions` out by tensor, each in its cheaper direction."""
+    sides, at, first = [], 0, 0
+    for shape in shapes.values():
+        height, width = _matrix(shape)
+        end = at + height * width
+        last = first + int(np.searchsorted(positions[first:], end))
+        sides.append(_cheaper(positions[first:last] - at, height, width))
+        at, first = end, last
+    return Table(sides, HEAD.size + sum(s.cost_bits for s in sides) // 8)
+
+
+def pack(table: Table) -> bytes:
+    """Write turns, live columns, row counts, then the gaps of all rows in one Rice stream."""
+    sides = table.sides
+    turns = bits.pack_flags(np.array([s.turned for s in sides], np.bool_))
+    live = bits.deflate(bits.pack_flags(np.concatenate([s.live for s in sides])), matches=True)
+    counts = symbols.pack(np.concatenate([s.counts for s in sides]))
+    parts = [_gaps_of(side) for side in sides]
+    gaps, widths = (np.concatenate(part) for part in zip(*parts, strict=True))
+    low = b"".join(bits.pack_fixed(gaps[widths == w], int(w)) for w in np.unique(widths))
+    ends = np.cumsum(gaps >> widths) + np.arange(gaps.size)
+    flags = np.zeros(int(ends[-1]) + 1, np.bool_)
+    flags[ends] = True
+    head = HEAD.pack(len(live), len(counts), len(low))
+    return b"".join([head, turns, live, counts, low, bits.pack_flags(flags)])
+
+
+def unpack(data: bytes, k: int, shapes: Shapes) -> Ints:
+    """Return `k` ascending positions.
+
+    Raises: CodecError when a length, a count or a gap does not fit the shapes.
+    """
+    turns_size = bits.size_of_flags(len(shapes))
+    if len(data) < HEAD.size + turns_size:
+        raise CodecError(f"expected a table of rows, got {len(data)} bytes")
+    live_size, counts_size, low_size = HEAD.unpack_from(data)
+    cuts = np.cumsum([HEAD.size, turns_size, live_size, counts_size, low_size]).tolist()
+    if cuts[-1] > len(data):
+        raise CodecError(f"expected {cuts[-1]} bytes of rows, got {len(data)}; the body is cut off")
+    turns = bits.unpack_flags(data[cuts[0] : cuts[1]], len(shapes))
+    sizes = [_sides(shape, bool(t)) for shape, t in zip(shapes.values(), turns, strict=True)]
+    columns, heights = sum(w for _, w in sizes), sum(h for h, _ in sizes)
+    live = bits.inflate(data[cuts[1] : cuts[2]], bits.size_of_flags(columns))
+    alive = bits.unpack_flags(live, columns)
+    counts = symbols.unpack(data[cuts[2] : cuts[3]], heights, max(w for _, w in sizes))
+    if int(counts.sum()) != k:
+        raise CodecError(f"expected {k} positions in rows, got {int(counts.sum())}")
+    return _rebuild(_Layout(sizes, turns, alive, counts), data[cuts[3] : cuts[4]], data[cuts[4] :])
+
+
+class _Layout(NamedTuple):
+    sizes: list[tuple[int, int]]  # rows, columns of each tensor as coded
+    turns: NDArray[np.bool_]
+    alive: NDArray[np.bool_]
+    counts: Ints
+
+
+def _rebuild(layout: _Layout, low: bytes, unary: bytes) -> Ints:
+    k = int(layout.counts.sum())
+    heights = np.array([h for h, _ in layout.sizes])
+    column_at = np.concatenate([[0], np.cumsum([w for _, w in layout.sizes])])
+    living = np.concatenate([[0], np.cumsum(layout.alive)])[column_at]
+    row_width = np.repeat(np.diff(living), heights)
+    if np.any(layout.counts > row_width):
+        raise CodecError("expected rows no fuller than their live columns; the body is damaged")
+    widths = np.repeat(_widths(row_width, layout.counts), layout.counts)
+    values = _gaps(unary, low, widths)
+    columns = _running(values + 1, layout.counts) - 1
+    if k and np.any(columns >= np.repeat(row_width, layout.counts)):
+        raise CodecError("expected gaps that stay inside their row; the body is damaged")
+    row_base = np.repeat(living[:-1], heights)
+    column = np.flatnonzero(layout.alive)[columns + np.repeat(row_base, layout.counts)]
+    return _flat(layout, column, column_at, heights)
+
+
+def _flat(layout: _Layout, column: Ints, column_at: Ints, heights: Ints) -> Ints:
+    """Turn (row, column) of each tensor back into ascending flat positions."""
+    row_at = np.concatenate([[0], np.cumsum(heights)])
+    tensor = np.repeat(np.arange(heights.size), heights)
+    row = np.repeat(np.arange(tensor.size) - row_at[tensor], layout.counts)
+    tensor = np.repeat(tensor, layout.counts)
+    widths = np.diff(column_at)
+    tensor_at = np.concatenate([[0], np.cumsum(heights * widths)])
+    column = column - column_at[tensor]
+    turned = layout.turns[tensor]
+    local = np.where(turned, column * heights[tensor] + row, row * widths[tensor] + column)
+    found = local + tensor_at[tensor]
+    return cast("Ints", np.sort(found) if layout.turns.any() else found)
+
+
+def _gaps(unary: bytes, low: bytes, widths: Ints) -> Ints:
+    if (
+        len(unary) * 8 > 5 * widths.size + 64
+    ):  # a row's quotients sum to less than 4 times its count
+        raise CodecError("expected fewer unary bits than the rows can need; the body is damaged")
+    ends = np.flatnonzero(np.unpackbits(np.frombuffer(unary, np.uint8), bitorder="little"))
+    if ends.size != widths.size or len(unary) != (int(ends[-1]) // 8 + 1 if ends.size else 0):
+        raise CodecError(f"expected {widths.size} gaps, got {ends.size}; the body is damaged")
+    values = np.diff(ends, prepend=-1) - 1 << widths
+    at = 0
+    for width in np.unique(widths):
+        mine = np.flatnonzero(widths == width)
+        size = bits.size_of_fixed(mine.size, int(width))
+        values[mine] += bits.unpack_fixed(low[at : at + size], mine.size, int(width))
+        at += size
+    if at != len(low):
+        raise CodecError(f"expected {at} bytes of low bits, got {len(low)}")
+    return cast("Ints", values)
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    if len(shape) < 2:
+        return 1, math.prod(shape)
+    return shape[0], math.prod(shape[1:])
+
+
+def _sides(shape: tuple[int, ...], turned: bool) -> tuple[int, int]:
+    height, width = _matrix(shape)
+    return (width, height) if turned else (height, width)
+
+
+def _cheaper(local: Ints, height: int, width: int) -> Side:
+    row, column = np.divmod(local, max(1, width))
+    by_row = np.bincount(row, minlength=height)
+    by_column = np.bincount(column, minlength=width)
+    straight = _side(local, by_row, by_column, turned=False)
+    if min(height, width) < 2 or not local.size:
+        return straight
+    turned = _side(local, by_column, by_row, turned=True)
+    return turned if turned.cost_bits < straight.cost_bits else straight
+
+
+def _side(local: Ints, counts: Ints, by_column: Ints, *, turned: bool) -> Side:
+    """Cost one direction from its counts alone; nothing is sorted yet."""
+    live = by_column > 0
+    columns = int(np.count_nonzero(live))
+    widths = _widths(np.full(counts.size, columns), counts)
+    full = counts > 0
+    unary = ((columns - counts[full]) >> widths[full]).sum() - 0.45 * local.size
+    low = (counts * widths).sum()
+    side_bits = 8 * symbols.estimate(counts) + min(
+        live.size, 12 * min(columns, live.size - columns)
+    )
+    cost = int(local.size + max(0.0, unary) + low + side_bits)
+    return Side(local, counts.size, live.size, turned, live, counts, cost)
+
+
+def _gaps_of(side: Side) -> tuple[Ints, Ints]:
+    """Return the gaps inside the rows, and the Rice width of each."""
+    if side.turned:
+        column, row = np.divmod(side.local, side.height)
+        order = np.argsort(row * side.width + column, kind="stable")
+        row, column = row[order], column[order]
+    else:
+        row, column = np.divmod(side.local, max(1, side.width))
+    compact = (np.cumsum(side.live) - 1)[column]
+    after = np.concatenate([[0], compact + 1])[:-1]
+    gaps = compact - np.where(np.diff(row, prepend=-1) != 0, 0, after)
+    columns = np.full(side.height, np.count_nonzero(side.live))
+    return gaps, _widths(columns, side.counts)[row]
+
+
+def _widths(columns: Ints, counts: Ints) -> Ints:
+    """Return the Rice width of each row from integers alone: floor(log2(0.96 * mean gap))."""
+    mean = (columns - counts) * 62915 // np.maximum(counts, 1) >> 16  # 62915 / 2**16 = 0.96
+    exponents: Ints = np.frexp(mean.astype(np.float64))[1].astype(np.int64)
+    return np.maximum(exponents - 1, 0)
+
+
+def _running(values: Ints, counts: Ints) -> Ints:
+    """Return the running sum of `values`, starting anew at each row."""
+    total = np.cumsum(values)
+    ends = np.cumsum(counts)
+    before = np.where(ends - counts > 0, total[np.maximum(ends - counts - 1, 0)], 0)
+    return cast("Ints", total - np.repeat(before, counts))
