@@ -118,6 +118,7 @@ class Samples:
         self._file = os.open(self.path, mode | os.O_CLOEXEC)
         if self._writes:
             self._lock_file()
+            self._drop_tail()
         self._slots = {seq % layout.capacity: seq for seq, _ in self._records()}
         self._last = max(self._slots.values(), default=0)
 
@@ -129,6 +130,12 @@ class Samples:
             raise StoreError(
                 f"{self.path} is being appended to by another process or was not closed; stop it"
             ) from error
+
+    def _drop_tail(self) -> None:
+        """Cut off a last record that is not all there, so that no later write completes it."""
+        torn = (os.fstat(self._file).st_size - _HEADER_BYTES) % self.layout.record_bytes
+        if torn:
+            os.ftruncate(self._file, os.fstat(self._file).st_size - torn)
 
     def _resize(self, layout: Layout) -> None:
         xs, ys = (part[-layout.capacity :] for part in self.arrays())
