@@ -17,9 +17,7 @@ import numpy as np
 from coordinator.compiler.emit import Emit
 from coordinator.compiler.graph import Graph
 from coordinator.compiler.weights import Quantized
-
-TINY = np.float32(1e-12)
-"""The least scale: what an all-zero weight gets."""
+from edge_sdk.requantize import TINY, limits
 
 _MOVES = frozenset(
     {"Flatten", "Gather", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
@@ -36,7 +34,7 @@ def quantized_master(e: Emit, master: str, scheme: Quantized) -> str:
     if scheme.dtype == np.int32:  # a bias step is input scale times weight scale: below notice
         return master
     rank = e.rank(master)
-    least, most = _ends(scheme.dtype)
+    least, most = limits(str(scheme.dtype))
     above = (most - scheme.zero_point).astype(np.float32)
     below = (scheme.zero_point - least).astype(np.float32)
     axes = None if scheme.axis is None else e.ints(*(i for i in range(rank) if i != scheme.axis))
@@ -110,9 +108,3 @@ def _spread(e: Emit, values: Any, scheme: Quantized, rank: int) -> str:
     if scheme.axis is None or (values == values.flat[0]).all():
         return e.const(np.float32(values.flat[0]))
     return e.const(scheme.spread(values, rank))
-
-
-def _ends(dtype: np.dtype[Any]) -> tuple[int, int]:
-    """Return the range of stored weights: int8 leaves -128 unused, as quantizers do."""
-    info = np.iinfo(dtype)
-    return (-127 if dtype == np.int8 else int(info.min)), int(info.max)

@@ -28,6 +28,7 @@ from coordinator.compiler.train import evaluate_graph, open_weights, train_graph
 from coordinator.compiler.weights import Weight, find_weights
 from edge_sdk.bundle import Bundle, pack
 from edge_sdk.errors import CompileError
+from edge_sdk.requantize import requantize
 from edge_sdk.types import Params
 
 _GRAPHS = {role: f"ort/{role}.onnx" for role in ("predict", "train", "evaluate")}
@@ -108,8 +109,6 @@ def export(bundle: Bundle, params: Params) -> bytes:
 
     With the bundle's own `params()` the bytes are those of its predict graph.
     """
-    from edge_sdk.requantize import requantize
-
     return requantize(bundle, params)
 
 
