@@ -160,7 +160,7 @@ def _read_magnitudes(data: bytes, k: int, *, every: bool) -> Ints:
 def _signed(magnitudes: Ints, signs: bytes, *, every: bool) -> NDArray[np.int32]:
     q = magnitudes.astype(np.int32)
     if not every:
-        np.negative(q, out=q, where=bits.unpack_flags(signs, q.size))
+        q *= hadamard.signs_of(bits.unpack_flags(signs, q.size))
         return q
     at = np.flatnonzero(q)
     q[at[bits.unpack_flags(signs, at.size)]] *= -1

@@ -36,7 +36,7 @@ def pack(positions: Ints, count: int, shapes: Shapes) -> tuple[int, bytes]:
         costs[ROWS] = table.estimate
     if positions.size * 16 > count:
         costs[BITMAP] = _estimate_bitmap(positions, count)
-    close = [coding for coding, cost in costs.items() if cost <= min(costs.values()) * 1.02]
+    close = [coding for coding, cost in costs.items() if cost <= min(costs.values()) * 1.005]
     made = []
     for coding in close:
         if coding == RICE:

@@ -65,7 +65,7 @@ def pack(table: Table) -> bytes:
     counts = symbols.pack(np.concatenate([s.counts for s in sides]))
     parts = [_gaps_of(side) for side in sides]
     gaps, widths = (np.concatenate(part) for part in zip(*parts, strict=True))
-    low = b"".join(bits.pack_fixed(gaps[widths == w], int(w)) for w in np.unique(widths))
+    low = b"".join(bits.pack_fixed(gaps[widths == w], w) for w in _distinct(widths))
     ends = np.cumsum(gaps >> widths) + np.arange(gaps.size)
     flags = np.zeros(int(ends[-1]) + 1, np.bool_)
     flags[ends] = True
@@ -137,19 +137,18 @@ def _flat(layout: _Layout, column: Ints, column_at: Ints, heights: Ints) -> Ints
 
 
 def _gaps(unary: bytes, low: bytes, widths: Ints) -> Ints:
-    if (
-        len(unary) * 8 > 5 * widths.size + 64
-    ):  # a row's quotients sum to less than 4 times its count
+    # what follows is bounded by the bytes at hand; the quotients of a row of k sum to below 7 * k
+    if len(unary) > widths.size + 8:
         raise CodecError("expected fewer unary bits than the rows can need; the body is damaged")
     ends = np.flatnonzero(np.unpackbits(np.frombuffer(unary, np.uint8), bitorder="little"))
     if ends.size != widths.size or len(unary) != (int(ends[-1]) // 8 + 1 if ends.size else 0):
         raise CodecError(f"expected {widths.size} gaps, got {ends.size}; the body is damaged")
     values = np.diff(ends, prepend=-1) - 1 << widths
     at = 0
-    for width in np.unique(widths):
+    for width in _distinct(widths):
         mine = np.flatnonzero(widths == width)
-        size = bits.size_of_fixed(mine.size, int(width))
-        values[mine] += bits.unpack_fixed(low[at : at + size], mine.size, int(width))
+        size = bits.size_of_fixed(mine.size, width)
+        values[mine] += bits.unpack_fixed(low[at : at + size], mine.size, width)
         at += size
     if at != len(low):
         raise CodecError(f"expected {at} bytes of low bits, got {len(low)}")
@@ -182,22 +181,22 @@ def _side(local: Ints, counts: Ints, by_column: Ints, *, turned: bool) -> Side:
     """Cost one direction from its counts alone; nothing is sorted yet."""
     live = by_column > 0
     columns = int(np.count_nonzero(live))
-    widths = _widths(np.full(counts.size, columns), counts)
-    full = counts > 0
-    unary = ((columns - counts[full]) >> widths[full]).sum() - 0.45 * local.size
-    low = (counts * widths).sum()
-    side_bits = 8 * symbols.estimate(counts) + min(
-        live.size, 12 * min(columns, live.size - columns)
-    )
-    cost = int(local.size + max(0.0, unary) + low + side_bits)
-    return Side(local, counts.size, live.size, turned, live, counts, cost)
+    full = counts[counts > 0]
+    widths = _widths(np.full(full.size, columns), full)
+    mean = (columns - full) / (full + 1)  # of the gaps, the one after the last left out
+    floors = mean / (1 << widths) - 0.5 * (1 - 1.0 / (1 << widths))
+    gap_bits = float((full * (1 + widths + np.maximum(floors, 0))).sum())
+    scarce = min(columns, live.size - columns)
+    cost = gap_bits + 8 * symbols.estimate(counts) + min(live.size, 12 * scarce)
+    return Side(local, counts.size, live.size, turned, live, counts, int(cost))
 
 
 def _gaps_of(side: Side) -> tuple[Ints, Ints]:
     """Return the gaps inside the rows, and the Rice width of each."""
     if side.turned:
         column, row = np.divmod(side.local, side.height)
-        order = np.argsort(row * side.width + column, kind="stable")
+        short = row.astype(np.uint16) if side.height <= 1 << 16 else row  # 16 bits sort by radix
+        order = np.argsort(short, kind="stable")
         row, column = row[order], column[order]
     else:
         row, column = np.divmod(side.local, max(1, side.width))
@@ -210,9 +209,14 @@ def _gaps_of(side: Side) -> tuple[Ints, Ints]:
 
 def _widths(columns: Ints, counts: Ints) -> Ints:
     """Return the Rice width of each row from integers alone: floor(log2(0.96 * mean gap))."""
-    mean = (columns - counts) * 62915 // np.maximum(counts, 1) >> 16  # 62915 / 2**16 = 0.96
+    mean = (columns - counts) * 62915 // (counts + 1) >> 16  # 62915 / 2**16 = 0.96
     exponents: Ints = np.frexp(mean.astype(np.float64))[1].astype(np.int64)
     return np.maximum(exponents - 1, 0)
+
+
+def _distinct(widths: Ints) -> list[int]:
+    found: list[int] = np.flatnonzero(np.bincount(widths)).tolist()
+    return found
 
 
 def _running(values: Ints, counts: Ints) -> Ints:

@@ -85,8 +85,7 @@ def grid(rms: float = 0.1) -> Stage:
     def apply(draft: Draft) -> Draft:
         step = round_step(rms * draft.rms)
         q = np.rint(draft.flat / np.float32(step)).clip(-MAX_LEVEL, MAX_LEVEL).astype(np.int32)
-        found = np.flatnonzero(q)
-        return draft._replace(lattice=Lattice(found, q[found], step))
+        return draft._replace(lattice=_from_dense(q, step))
 
     return Stage("grid", (rms,), ("float",), "levels", apply)
 
@@ -121,11 +120,12 @@ def int8() -> Stage:
         if draft.lattice is not None:
             q = draft.lattice.q.clip(-INT8, INT8)
             return draft._replace(lattice=draft.lattice._replace(q=q))
-        found = np.arange(draft.flat.size) if draft.picked is None else draft.picked
-        values = draft.flat[found]
+        values = draft.flat if draft.picked is None else draft.flat[draft.picked]
         step = round_step(float(np.abs(values).max(initial=0)) / INT8, up=True)
         q = np.rint(values / np.float32(step)).astype(np.int32)
-        return draft._replace(lattice=_without_zeros(found, q, step))
+        if draft.picked is None:
+            return draft._replace(lattice=_from_dense(q, step))
+        return draft._replace(lattice=_without_zeros(draft.picked, q, step))
 
     return Stage("int8", (), ("float", "picked", "levels"), "int8", apply)
 
@@ -157,8 +157,16 @@ def _check(name: str, value: float, low: float, high: float, what: str) -> None:
 
 def _levels(level: NDArray[Any], signed: Array) -> NDArray[np.int32]:
     q: NDArray[np.int32] = np.minimum(level, np.float32(MAX_LEVEL)).astype(np.int32)
-    np.negative(q, out=q, where=signed < 0)
+    q *= hadamard.signs_of(signed < 0)
     return q
+
+
+def _from_dense(q: NDArray[np.int32], step: float) -> Lattice:
+    """Leave the zeros out where that makes most of the numbers go."""
+    if 2 * int(np.count_nonzero(q)) > q.size:
+        return Lattice(None, q, step)
+    found = np.flatnonzero(q)
+    return Lattice(found, q[found], step)
 
 
 def _without_zeros(found: Ints, q: NDArray[np.int32], step: float) -> Lattice:
