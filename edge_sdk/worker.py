@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training child, `python -m edge_sdk.worker`: one job from stdin, one JSON line to stdout.
+
+It reads a bundle, weights and examples, writes a delta and ends. It holds no key, loads no network
+library and dies with its parent; when memory runs out the kernel takes it before anything else.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+_PR_SET_PDEATHSIG = 1
+_FIRST_TO_GO = "1000"
+
+
+def main() -> int:
+    """Carry out the job on stdin; 0 when the delta is on disk, 1 with the reason on stdout."""
+    _die_with_parent()
+    request = json.loads(sys.stdin.buffer.read())
+    if os.getppid() != request["parent"]:
+        return 1  # the parent went before we could tie ourselves to it
+    _be_modest(request["nice"])
+    try:
+        said = train(request)
+    except Exception as error:  # noqa: BLE001 - the parent reports it, whatever it is
+        line = " ".join(str(error).split())[:500]
+        _say({"error": line or type(error).__name__})
+        return 1
+    _say(said)
+    return 0
+
+
+def train(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Train as asked and write the delta; returns what `TrainResult` holds.
+
+    Raises: FedgeError or ValueError saying what is wrong with the job.
+    """
+    import numpy as np
+
+    from edge_sdk import files
+    from edge_sdk.bundle import Bundle
+    from edge_sdk.params import flatten, unflatten
+    from edge_sdk.samples import Samples
+    from edge_sdk.trainer import Trainer
+
+    bundle = Bundle.load(request["bundle"])
+    trainer = Trainer(bundle, threads=request["threads"], seed=request["seed"])
+    trainer.load_params(unflatten(_weights(request["weights"], bundle.shapes), bundle.shapes))
+    with Samples.open(request["samples"]) as samples:
+        x, y = samples.arrays()
+    done = trainer.fit(x, y, **request["budget"])
+    delta = flatten(trainer.delta(), bundle.shapes)
+    if not np.isfinite(delta).all():
+        raise ValueError("training ended in weights that are not finite; lower the learning rate")
+    files.write(Path(request["delta"]), delta.astype("<f4").data)
+    return {**done, "examples": len(x), "peak_bytes": peak_bytes()}
+
+
+def _weights(path: str, shapes: Mapping[str, tuple[int, ...]]) -> Any:
+    import numpy as np
+
+    from edge_sdk.params import count
+
+    expected, size = 4 * count(dict(shapes)), Path(path).stat().st_size
+    if size != expected:
+        raise ValueError(f"expected {expected} bytes of weights in {path}, got {size}")
+    return np.fromfile(path, "<f4").astype(np.float32, copy=False)
+
+
+def peak_bytes() -> int:
+    """Return the most memory this process has had in RAM, as the kernel counts it.
+
+    Not `ru_maxrss`: that one begins with what the parent had when it forked.
+    """
+    with Path("/proc/self/status").open() as status:
+        for line in status:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) << 10
+    return 0
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _be_modest(nice: int) -> None:
+    os.nice(nice)
+    with suppress(OSError):  # not all kernels let us volunteer
+        Path("/proc/self/oom_score_adj").write_text(_FIRST_TO_GO)
+
+
+def _say(result: Mapping[str, Any]) -> None:
+    sys.stdout.write(json.dumps(result) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
