@@ -7,11 +7,12 @@ quick depends on the shape: `choose` picks from the tables in `formulations`.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from coordinator.compiler.emit import Emit
 from coordinator.compiler.graph import Node
-from coordinator.compiler.rules.formulations import FILTER, INPUT, Layer
+from coordinator.compiler.rules.formulations import FILTER, INPUT, SERVES, Layer
 from coordinator.compiler.rules.window import Ints, Window, spatial, window_of
 from coordinator.compiler.vjp import Grads, vjp
 from edge_sdk.errors import CompileError
@@ -25,17 +26,26 @@ class Plan(NamedTuple):
 
 
 def choose(layer: Layer) -> Plan:
-    """Pick the formulations of a layer's two gradients by its shape (figures: benchmarks)."""
+    """Pick the formulations of a layer's two gradients by its shape.
+
+    The thresholds are where onnxruntime 1.32 changes sides (x86-64, 2 threads, batch 16).
+    """
     w = layer.window
-    flippable = set(w.strides) == {1} and all(
-        x - 1 >= max(b, f) for x, b, f in zip(w.extents, w.begins, w.ends, strict=True)
-    )
-    back = "flipped" if flippable else "transposed"
-    if layer.group > 1 or layer.channels <= 4:
-        return Plan("swapped", back)
+    return Plan(_choose_filter(layer), "flipped" if w.is_flippable else "transposed")
+
+
+def _choose_filter(layer: Layer) -> str:
+    w = layer.window
+    area, row = math.prod(w.out), w.out[-1]
+    if layer.group > 1:  # short rows make slices dear, long ones make im2col dear
+        taps = SERVES["taps"](layer) and set(w.strides) == {1} and row >= 12
+        return "taps" if taps else "swapped"
+    if layer.channels == 1:
+        return "swapped"
     if w.taps == 1:
-        return Plan("rows", back)
-    return Plan("columns", back)
+        return "rows" if area >= 64 else "columns"
+    few = layer.channels <= 4 or (layer.channels <= 16 and row >= 32)
+    return "rows" if few else "columns"
 
 
 @vjp("Conv")

@@ -2,7 +2,7 @@
 """The formulations of a convolution's gradients in standard operators, by name.
 
 An input gradient is ``(e, g, weights, layer) -> [N, C, *size]``, a filter gradient is
-``(e, x, g, layer) -> [K, C/group, *kernel]``; `FILTER` and `INPUT` say which layers each serves.
+``(e, x, g, layer) -> [K, C/group, *kernel]``; `SERVES` says which layers each can serve.
 """
 
 from __future__ import annotations
@@ -99,12 +99,30 @@ def _filter_columns(e: Emit, x: str, g: str, layer: Layer) -> str:
     rank = len(w.kernel)
     last = [0, *range(2, rank + 2), 1]
     image = padded(e, e.Transpose(x, perm=last), w, 1)
-    columns = e.Concat(*tap_slices(e, image, w, 1), axis=-1) if w.taps > 1 else image
+    columns = image if w.is_plain else e.Concat(*tap_slices(e, image, w, 1), axis=-1)
     flat = e.Reshape(columns, e.ints(-1, w.taps * layer.channels))
     upstream = e.Reshape(e.Transpose(g, perm=last), e.ints(-1, layer.filters))
     found = e.Gemm(upstream, flat, transA=1)
-    split = e.Reshape(found, e.ints(layer.filters, *w.kernel, layer.channels))
-    return e.Transpose(split, perm=[0, rank + 1, *range(1, rank + 1)])
+    return _untapped(e, found, layer)
+
+
+def _filter_bands(e: Emit, x: str, g: str, layer: Layer) -> str:
+    """Lay out what each tap sees of the whole batch as the rows of one matrix, for one Gemm."""
+    w = layer.window
+    first = [1, 0, *range(2, len(w.kernel) + 2)]
+    image = padded(e, e.Transpose(x, perm=first), w)
+    bands = image if w.is_plain else e.Concat(*tap_slices(e, image, w), axis=0)
+    flat = e.Reshape(bands, e.ints(w.taps * layer.channels, -1))
+    upstream = e.Reshape(e.Transpose(g, perm=first), e.ints(layer.filters, -1))
+    return _untapped(e, e.Gemm(upstream, flat, transB=1), layer)
+
+
+def _untapped(e: Emit, found: str, layer: Layer) -> str:
+    """Turn [K, taps * C] into [K, C, *kernel]."""
+    w = layer.window
+    split = e.Reshape(found, e.ints(layer.filters, w.taps, layer.channels))
+    moved = e.Transpose(split, perm=[0, 2, 1]) if w.taps > 1 else split
+    return e.Reshape(moved, e.ints(layer.filters, layer.channels, *w.kernel))
 
 
 def _filter_rows(e: Emit, x: str, g: str, layer: Layer) -> str:
@@ -116,10 +134,7 @@ def _filter_rows(e: Emit, x: str, g: str, layer: Layer) -> str:
     rows = e.Reshape(rows, e.ints(-1, w.taps * layer.channels, area))
     upstream = e.Reshape(g, e.ints(-1, layer.filters, area))
     products = e.MatMul(upstream, e.Transpose(rows, perm=[0, 2, 1]))
-    found = e.ReduceSum(products, e.ints(0), keepdims=0)
-    split = e.Reshape(found, e.ints(layer.filters, w.taps, layer.channels))
-    moved = e.Transpose(split, perm=[0, 2, 1]) if w.taps > 1 else split
-    return e.Reshape(moved, e.ints(layer.filters, layer.channels, *w.kernel))
+    return _untapped(e, e.ReduceSum(products, e.ints(0), keepdims=0), layer)
 
 
 def _filter_taps(e: Emit, x: str, g: str, layer: Layer) -> str:
@@ -158,16 +173,31 @@ def _filter_samples(e: Emit, x: str, g: str, layer: Layer) -> str:
 
 
 FILTER: dict[str, Callable[[Emit, str, str, Layer], str]] = {
-    "swapped": _filter_swapped,  # any layer
-    "columns": _filter_columns,  # group 1
-    "rows": _filter_rows,  # group 1
-    "taps": _filter_taps,  # depthwise, multiplier 1
-    "samples": _filter_samples,  # depthwise, multiplier 1, batch known
+    "swapped": _filter_swapped,
+    "columns": _filter_columns,
+    "bands": _filter_bands,
+    "rows": _filter_rows,
+    "taps": _filter_taps,
+    "samples": _filter_samples,
 }
-"""Formulations of the filter gradient, and the layers that each can serve."""
+"""Formulations of the filter gradient."""
 
 INPUT: dict[str, Callable[[Emit, str, str, Layer], str]] = {
-    "transposed": _input_transposed,  # any layer
-    "flipped": _input_flipped,  # stride 1, padding within the kernel's extent
+    "transposed": _input_transposed,
+    "flipped": _input_flipped,
 }
-"""Formulations of the input gradient, and the layers that each can serve."""
+"""Formulations of the input gradient."""
+
+SERVES: dict[str, Callable[[Layer], bool]] = {
+    "swapped": lambda _: True,
+    "columns": lambda layer: layer.group == 1,
+    "bands": lambda layer: layer.group == 1,
+    "rows": lambda layer: layer.group == 1,
+    "taps": lambda layer: layer.is_depthwise and layer.filters == layer.channels,
+    "samples": lambda layer: (
+        layer.is_depthwise and layer.filters == layer.channels and layer.batch is not None
+    ),
+    "transposed": lambda _: True,
+    "flipped": lambda layer: layer.window.is_flippable,
+}
+"""Which layers each formulation can serve."""

@@ -56,6 +56,12 @@ class Window(NamedTuple):
         """Tell whether the windows tile the input one element each: a 1x1 kernel at stride 1."""
         return self.taps == 1 and not any(self.pads) and set(self.strides) == {1}
 
+    @property
+    def is_flippable(self) -> bool:
+        """Tell whether a stride-1 convolution undoes it: the padding lies within the extent."""
+        rows = zip(self.extents, self.begins, self.ends, strict=True)
+        return set(self.strides) == {1} and all(x > b and x > f for x, b, f in rows)
+
 
 def spatial(e: Emit, n: Node, x: str) -> Ints:
     """Return the known spatial sizes of [N, C, ...]; raise CompileError where one is unknown."""
