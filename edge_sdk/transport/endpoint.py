@@ -10,6 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 from edge_sdk.errors import ConfigError
 
+_VERSIONS = {"": 5, "mqtt=5": 5, "mqtt=3.1.1": 4}
 _PORTS = {"mqtt": 1883, "mqtts": 8883}
 
 
@@ -22,6 +23,8 @@ class Endpoint:
     tls: ssl.SSLContext | None = None
     username: str | None = None
     password: str | None = field(default=None, repr=False)
+    version: int = 5
+    """The version of MQTT to begin with: 5, or 4 for 3.1.1."""
 
     @classmethod
     def parse(
@@ -35,10 +38,11 @@ class Endpoint:
     ) -> Endpoint:
         """Read `mqtt://[user[:password]@]host[:1883]` or `mqtts://host[:8883]`.
 
+        With `?mqtt=3.1.1` MQTT 5 is not tried, for a broker that would not even refuse it.
         A user or password given by name wins over the URL's; the password's file holds one line.
         Raises: ConfigError when the URL or a file cannot be used.
         """
-        scheme, host, port, in_url = _split(url)
+        scheme, host, port, in_url, version = _split(url)
         if scheme == "mqtt" and ca_file is not None:
             raise ConfigError(f"a CA file is for mqtts:// URLs, got {scheme}://{host}: use mqtts")
         if password_file is not None:
@@ -52,6 +56,7 @@ class Endpoint:
             _context(ca_file) if scheme == "mqtts" else None,
             username,
             in_url[1] if password is None else password,
+            version,
         )
 
     def __str__(self) -> str:
@@ -59,16 +64,18 @@ class Endpoint:
         return f"{'mqtts' if self.tls else 'mqtt'}://{host}:{self.port}"
 
 
-def _split(url: str) -> tuple[str, str, int, tuple[str | None, str | None]]:
+def _split(url: str) -> tuple[str, str, int, tuple[str | None, str | None], int]:
     try:
         parts = urlsplit(url if "://" in url else f"mqtt://{url}")
         scheme, host, port = parts.scheme, parts.hostname, parts.port
     except ValueError as error:
         raise ConfigError(f"the broker's URL does not parse: {error}") from error
-    if scheme not in _PORTS or not host:
+    if scheme not in _PORTS or not host or parts.path.strip("/"):
         raise ConfigError("expected a broker as mqtt://host[:port] or mqtts://host[:port]")
-    secrets = [unquote(s) if s is not None else None for s in (parts.username, parts.password)]
-    return scheme, host, port or _PORTS[scheme], (secrets[0] or None, secrets[1])
+    if parts.query not in _VERSIONS:
+        raise ConfigError("expected nothing or ?mqtt=3.1.1 after the broker's address")
+    user, password = (unquote(s) if s else None for s in (parts.username, parts.password))
+    return scheme, host, port or _PORTS[scheme], (user, password), _VERSIONS[parts.query]
 
 
 def _first_line(file: Path) -> str:

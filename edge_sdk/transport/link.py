@@ -9,7 +9,7 @@ anyone's back. Not thread-safe.
 
 from __future__ import annotations
 
-import socket
+import socket as net
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -78,6 +78,8 @@ class Link:
         self.is_up = False
         self.error: LinkError | None = None
         """Why the link ended; None while it stands, or after our own `close`."""
+        self.on_close: Callable[[int], object] = lambda _fd: None
+        """Called with the socket's number just before it is closed: stop waiting on it."""
         self.server_window = 65_535
         self.server_packet = 2**28
         self._sink = sink
@@ -99,10 +101,10 @@ class Link:
             raise _explained(error, self.endpoint) from error
 
     @property
-    def socket(self) -> socket.socket | None:
+    def socket(self) -> net.socket | None:
         """The socket to wait on; None when the link is down."""
-        found: socket.socket | None = self._client.socket()
-        return found
+        found: net.socket | None = self._client.socket()
+        return found if found is not None and found.fileno() >= 0 else None
 
     @property
     def wants_write(self) -> bool:
@@ -111,20 +113,17 @@ class Link:
 
     def read(self) -> None:
         """Take in what the socket holds."""
-        self._client.loop_read()
+        self._do(self._client.loop_read)
         while isinstance(sock := self.socket, ssl.SSLSocket) and sock.pending():
-            self._client.loop_read()
-        self._look()
+            self._do(self._client.loop_read)
 
     def write(self) -> None:
         """Give the socket what it takes."""
-        self._client.loop_write()
-        self._look()
+        self._do(self._client.loop_write)
 
     def tick(self) -> None:
         """See to keepalive; a few times in each keepalive period is enough."""
-        self._client.loop_misc()
-        self._look()
+        self._do(self._client.loop_misc)
 
     def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> int:
         """Send with QoS 1; return the number that `on_acked` will name."""
@@ -161,9 +160,14 @@ class Link:
 
     def _shut(self) -> None:
         if (sock := self.socket) is not None:
+            self.on_close(sock.fileno())
             sock.close()
 
-    def _look(self) -> None:
+    def _do(self, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except Exception as error:  # noqa: BLE001 - paho meets bad packets with all sorts of them
+            self.fail(f"{self.endpoint} sent what is not MQTT ({error!r:.80})", "lost")
         if self.socket is None and self.error is None:
             self.fail(*self._why_closed())
 
@@ -189,7 +193,7 @@ class Link:
         client.max_inflight_messages_set(65_535)  # the driver has a window of its own
         client.on_connect, client.on_disconnect = self._connected, self._disconnected
         client.on_message, client.on_publish = self._message, self._acked
-        client.on_subscribe = self._subscribed
+        client.on_subscribe, client.on_socket_close = self._subscribed, self._closing
         if self.endpoint.tls is not None:
             client.tls_set_context(self.endpoint.tls)
         if self.endpoint.username is not None:
@@ -205,6 +209,10 @@ class Link:
         properties.ReceiveMaximum = self.hello.receive_maximum
         properties.MaximumPacketSize = self.hello.max_payload + PACKET_ROOM
         return properties
+
+    def _closing(self, _: object, __: object, sock: net.socket) -> None:
+        if sock.fileno() >= 0:
+            self.on_close(sock.fileno())
 
     def _connected(self, _: object, __: object, ___: object, code: Any, *rest: Any) -> None:
         number = _number(code)
@@ -270,7 +278,7 @@ def _explained(error: Exception, endpoint: Endpoint) -> LinkError:
             f"no TLS with {endpoint} ({error.reason or error}): is it a TLS port? mqtt:// has none",
             "tls",
         )
-    if isinstance(error, socket.gaierror):
+    if isinstance(error, net.gaierror):
         return LinkError(f"the name {endpoint.host} does not resolve: correct the URL", "absent")
     if isinstance(error, TimeoutError):
         return LinkError(

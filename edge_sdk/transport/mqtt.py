@@ -26,7 +26,7 @@ from edge_sdk.transport.redial import LinkError, Redial
 
 log = logging.getLogger(__name__)
 
-ANSWER_S = 10.0  # for a CONNACK
+ANSWER_S = 5.0  # for a CONNACK
 GOODBYE_S = 2.0  # for what is queued at `close`
 _MAX_PACKET = 120_000
 
@@ -72,7 +72,7 @@ class Mqtt:
         self._hello = Hello(client_id, will, keepalive_s, session_s)
         self._window, self._queue_bytes = window, queue_bytes
         jitter = rng or random.Random()  # noqa: S311 - spreads reconnects, guards nothing
-        self._redial = Redial(*backoff_s, jitter)
+        self._redial = Redial(*backoff_s, jitter, self.endpoint.version)
         self._filters: dict[str, None] = {}  # in the order they came
         self._retained: dict[str, bytes] = {}  # not acknowledged yet, the latest of each topic
         self._queue: deque[tuple[str, bytes, bool]] = deque()

@@ -26,11 +26,11 @@ class Redial:
     Wrong credentials wait as long as can be: only a person will change that.
     """
 
-    def __init__(self, low_s: float, high_s: float, rng: random.Random) -> None:
+    def __init__(self, low_s: float, high_s: float, rng: random.Random, version: int = 5) -> None:
         if not 0 < low_s <= high_s:
             raise ValueError(f"expected 0 < shortest <= longest wait, got {low_s} and {high_s}")
         self.low_s, self.high_s, self._rng = low_s, high_s, rng
-        self.version = 5
+        self.version = version
         """The version of MQTT to try next: 5, or 4 for 3.1.1."""
         self.failures = 0
         self.is_news = True
