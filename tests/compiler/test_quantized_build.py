@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from forward_models import (
+    Net,
+    Steps,
+    Tensor,
+    blobs,
+    cnn,
+    evaluate,
+    mlp,
+    predict,
+    quantized,
+    session,
+)
+from onnx import TensorProto, helper, numpy_helper
+
+from coordinator.compiler import adam, build, export, momentum, sgd
+from coordinator.compiler.graph import Graph
+from edge_sdk.bundle import Bundle
+from edge_sdk.errors import CompileError
+
+KINDS: dict[str, dict[str, Any]] = {
+    "int8 per tensor": {},
+    "int8 per channel": {"per_channel": True},
+    "uint8 per tensor": {"unsigned": True},
+    "uint8 per channel": {"unsigned": True, "per_channel": True},
+}
+X, LABELS = blobs((1, 8, 8), 4)
+SHIFTED = (X[:, :, ::-1] * 1.1).copy()  # upside down, and a little stronger
+
+
+@pytest.fixture(scope="module")
+def learned() -> onnx.ModelProto:
+    """A float model that knows the problem: the people it is for see it shifted."""
+    run = Steps(build(cnn(opset=17), loss="cross_entropy", optimizer=momentum(0.9, lr=0.05)))
+    for _ in range(30):
+        run.step(X, LABELS)
+    return onnx.load_from_string(export(run.bundle, run.params()))
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def model(request: pytest.FixtureRequest, learned: onnx.ModelProto) -> onnx.ModelProto:
+    return quantized(learned, X, **KINDS[request.param])
+
+
+def accuracy(logits: Tensor, y: Tensor) -> float:
+    return float(np.mean(logits.argmax(1) == y))
+
+
+def test_int8_models_train_and_come_out_as_int8(model: onnx.ModelProto) -> None:
+    run = Steps(build(model, loss="cross_entropy", optimizer=momentum(0.9, lr=0.03)))
+    assert list(run.bundle.shapes) == [
+        f"{layer}.{part}"
+        for layer in ("conv1", "conv2", "fc", "head")
+        for part in ("weight", "bias")
+    ]
+    before = evaluate(run.bundle, SHIFTED, LABELS)
+    losses = [run.step(SHIFTED, LABELS) for _ in range(60)]
+    assert losses[-1] < 0.3 * losses[0]
+    trained = export(run.bundle, run.params())
+    types = [
+        {
+            t.name: (t.data_type, tuple(t.dims))
+            for t in onnx.load_from_string(data).graph.initializer
+        }
+        for data in (predict_of(run.bundle), trained)
+    ]
+    assert types[0] == types[1]
+    assert len(trained) == len(predict_of(run.bundle))
+    learned = accuracy(predict(trained, SHIFTED), LABELS)
+    assert learned > int(before["correct"]) / len(X) + 0.3
+    told = int(evaluate(run.bundle, SHIFTED, LABELS, run.params())["correct"]) / len(X)
+    assert learned == pytest.approx(told, abs=0.05)
+
+
+def predict_of(bundle: Bundle) -> bytes:
+    return bundle.member("ort/predict.onnx")
+
+
+def logits_of_training(bundle: Bundle, params: dict[str, Tensor]) -> Tensor:
+    """Run the fake-quantized forward pass of the evaluation graph up to its logits."""
+    graph = onnx.load_from_string(bundle.member("ort/evaluate.onnx"))
+    name = next(n.input[0] for n in graph.graph.node if n.op_type == "LogSoftmax")
+    graph.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+    feeds = {"x": X, "y": LABELS} | {f"p.{i}": v for i, v in enumerate(params.values())}
+    logits: Tensor = session(graph.SerializeToString()).run([name], feeds)[0]
+    return logits
+
+
+def test_the_exported_model_computes_what_training_saw(model: onnx.ModelProto) -> None:
+    run = Steps(build(model, loss="cross_entropy", optimizer=adam(lr=0.01)))
+    step = run.bundle.manifest["output"]["scale"]
+    for _ in range(10):
+        run.step(X, LABELS)
+    seen = logits_of_training(run.bundle, run.params())
+    came = predict(export(run.bundle, run.params()), X)
+    assert step is None or step > 0
+    lattice = scale_of_output(export(run.bundle, run.params()))
+    off = np.abs(seen - came) / lattice
+    assert np.mean(off < 0.5) > 0.9  # the same lattice point but for roundings at its edges
+    assert off.max() < 4.5
+    assert accuracy(seen, LABELS) == pytest.approx(accuracy(came, LABELS), abs=0.05)
+
+
+def scale_of_output(data: bytes) -> float:
+    graph = Graph.load(data)
+    last = graph.producers[graph.outputs[0].name]
+    return float(graph.initializers[last.inputs[1]].reshape(()))
+
+
+def test_an_untrained_export_is_byte_identical(model: onnx.ModelProto) -> None:
+    bundle = build(model, loss="cross_entropy")
+    assert export(bundle, bundle.params()) == predict_of(bundle)
+    np.testing.assert_array_equal(
+        predict(predict_of(bundle), X), predict(model.SerializeToString(), X)
+    )
+
+
+def test_only_trained_tensors_and_what_follows_them_change(model: onnx.ModelProto) -> None:
+    run = Steps(build(model, loss="cross_entropy", train=["conv2.weight"], optimizer=sgd(lr=0.1)))
+    run.step(SHIFTED, LABELS)
+    before, after = (
+        {t.name: t for t in onnx.load_from_string(data).graph.initializer}
+        for data in (predict_of(run.bundle), export(run.bundle, run.params()))
+    )
+    changed = {name for name, t in before.items() if t != after[name]}
+    allowed = {
+        "conv2.weight_quantized", "conv2.weight_scale", "conv2.bias_quantized",
+        "conv2.bias_quantized_scale",
+    }  # fmt: skip
+    assert {"conv2.weight_quantized", "conv2.weight_scale"} <= changed <= allowed
+    value = [
+        numpy_helper.to_array(s["conv2.bias_quantized"])
+        * numpy_helper.to_array(s["conv2.bias_quantized_scale"])
+        for s in (before, after)
+    ]
+    np.testing.assert_allclose(*value, atol=1e-4)  # the frozen bias means the same on its new scale
+
+
+def test_a_bias_alone_trains_in_a_frozen_int8_layer(model: onnx.ModelProto) -> None:
+    run = Steps(build(model, loss="cross_entropy", train="bias", optimizer=momentum(0.9, lr=0.05)))
+    assert [n.rpartition(".")[2] for n in run.bundle.shapes] == ["bias"] * 4
+    losses = [run.step(SHIFTED, LABELS) for _ in range(40)]
+    assert losses[-1] < 0.9 * losses[0]
+    came = predict(export(run.bundle, run.params()), X)
+    seen = logits_of_training(run.bundle, run.params())
+    assert np.mean(np.abs(seen - came) < 0.5 * scale_of_output(predict_of(run.bundle))) > 0.9
+
+
+def optimized(data: bytes, path: Path) -> list[str]:
+    """Return the operators that onnxruntime runs after its own optimizations."""
+    session(
+        data,
+        optimized_model_filepath=str(path),
+        graph_optimization_level=ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    )
+    return [node.op_type for node in onnx.load(path).graph.node]
+
+
+def test_frozen_int8_layers_stay_on_integer_kernels(
+    model: onnx.ModelProto, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    kind = request.node.callspec.params["model"]
+    bundle = build(model, loss="cross_entropy", train="head.*")
+    operators = optimized(bundle.member("ort/train.onnx"), tmp_path / "train.onnx")
+    assert operators.count("QLinearConv") == 2
+    assert "Conv" not in operators
+    if "uint8" in kind:  # on x86 int8 activations become uint8 where one layer alone reads them
+        assert operators.count("QGemm") == 1
+    assert optimized(predict_of(bundle), tmp_path / "predict.onnx").count("QLinearConv") == 2
+
+
+def test_moved_numbers_are_not_quantized_again_where_gradients_flow(
+    model: onnx.ModelProto,
+) -> None:
+    given = [n.op_type for n in model.graph.node].count("QuantizeLinear")
+    learning = build(model, loss="cross_entropy").manifest["cost"]["train_operators"]
+    frozen = build(model, loss="cross_entropy", train="head.*").manifest["cost"]["train_operators"]
+    assert learning["QuantizeLinear"] == given - 2  # after MaxPool and after Flatten
+    assert frozen["QuantizeLinear"] == given
+
+
+def test_a_scale_that_others_share_is_copied_before_it_changes() -> None:
+    model = quantized(cnn(opset=17), X)
+    scale = next(n.input[1] for n in model.graph.node if n.input[0] == "fc.weight_quantized")
+    for node in model.graph.node:
+        if node.input[0] == "head.weight_quantized":
+            node.input[1] = scale
+    run = Steps(build(model, loss="cross_entropy", train="head.weight", optimizer=sgd(lr=0.5)))
+    fc = dict(zip(*frozen_layer(predict_of(run.bundle)), strict=True))
+    run.step(X, LABELS)
+    assert dict(zip(*frozen_layer(export(run.bundle, run.params())), strict=True)) == fc
+
+
+def frozen_layer(data: bytes) -> tuple[list[str], list[bytes]]:
+    graph = Graph.load(data)
+    node = next(n for n in graph.nodes if n.inputs[0] == "fc.weight_quantized")
+    return list(node.inputs), [graph.initializers[name].tobytes() for name in node.inputs]
+
+
+def test_two_trained_weights_of_one_scale_get_one_each() -> None:
+    model = quantized(cnn(opset=17), X)
+    scale = next(n.input[1] for n in model.graph.node if n.input[0] == "fc.weight_quantized")
+    for node in model.graph.node:
+        if node.input[0] == "head.weight_quantized":
+            node.input[1] = scale
+    run = Steps(build(model, loss="cross_entropy", optimizer=momentum(0.9, lr=0.03)))
+    patches = [p for p in run.bundle.manifest["patches"] if p["kind"] == "quantized"]
+    assert len({p["scale_offset"] for p in patches}) == len(patches) == 4
+    for _ in range(10):
+        run.step(X, LABELS)
+    seen = logits_of_training(run.bundle, run.params())
+    came = predict(export(run.bundle, run.params()), X)
+    assert np.mean(np.abs(seen - came) < 0.5 * scale_of_output(predict_of(run.bundle))) > 0.85
+
+
+def test_float_weights_that_are_quantized_on_the_way_are_stored_as_int8() -> None:
+    options = {"extra_options": {"AddQDQPairToWeight": True}}
+    model = quantized(cnn(opset=17), X, **options)
+    run = Steps(build(model, loss="cross_entropy", optimizer=momentum(0.9, lr=0.03)))
+    np.testing.assert_array_equal(
+        predict(predict_of(run.bundle), X), predict(model.SerializeToString(), X)
+    )
+    kinds = {p["kind"] for p in run.bundle.manifest["patches"]}
+    assert "quantized" in kinds
+    losses = [run.step(X, LABELS) for _ in range(30)]
+    assert losses[-1] < 0.6 * losses[0]
+    export(run.bundle, run.params())
+
+
+def test_a_matmul_with_an_asymmetric_added_bias_trains() -> None:
+    net = Net(("N", 6), opset=17)
+    net.add("MatMul", net.weight("a.weight", 6, 8)).add("Add", net.weight("a.bias", 8)).add("Relu")
+    net.add("MatMul", net.weight("b.weight", 8, 3)).add("Add", net.weight("b.bias", 3))
+    x, y = blobs((6,), 3)
+    for kind in KINDS.values():
+        run = Steps(
+            build(
+                quantized(net.model(), x, **kind),
+                loss="cross_entropy",
+                optimizer=momentum(0.9, lr=0.03),
+            )
+        )
+        assert list(run.bundle.shapes) == ["a.weight", "a.bias", "b.weight", "b.bias"]
+        losses = [run.step(x, y) for _ in range(40)]
+        assert losses[-1] < 0.5 * losses[0]
+        came = predict(export(run.bundle, run.params()), x)
+        told = int(evaluate(run.bundle, x, y, run.params())["correct"]) / len(x)
+        assert accuracy(came, y) == pytest.approx(told, abs=0.05)
+
+
+def integer_ends(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Make a QDQ model take and return int8, as TFLite's full-integer models do."""
+    graph = model.graph
+    first = next(n for n in graph.node if n.input[0] == graph.input[0].name)
+    last = next(n for n in graph.node if n.output[0] == graph.output[0].name)
+    assert (first.op_type, last.op_type) == ("QuantizeLinear", "DequantizeLinear")
+    graph.input[0].name = first.output[0]
+    graph.output[0].name = last.input[0]
+    for value in (graph.input[0], graph.output[0]):
+        value.type.tensor_type.elem_type = TensorProto.INT8
+    graph.node.remove(first)
+    graph.node.remove(last)
+    return model
+
+
+def test_a_model_of_int8_in_and_out_trains_on_floats() -> None:
+    x, y = blobs((6,), 3)
+    whole = quantized(mlp(opset=17), x)
+    float_ends = Steps(build(whole, loss="cross_entropy"))
+    run = Steps(build(integer_ends(whole), loss="cross_entropy"))
+    ends = [run.bundle.manifest[end] for end in ("input", "output")]
+    assert [end["dtype"] for end in ends] == ["int8", "int8"]
+    assert all(end["scale"] > 0 and isinstance(end["zero_point"], int) for end in ends)
+    assert [run.step(x, y) for _ in range(5)] == [float_ends.step(x, y) for _ in range(5)]
+    raw = np.rint(x / np.float32(ends[0]["scale"])) + ends[0]["zero_point"]
+    out = predict(export(run.bundle, run.params()), np.clip(raw, -128, 127).astype(np.int8))
+    assert out.dtype == np.int8
+
+
+def test_qoperator_format_is_refused_by_name() -> None:
+    model = quantized(cnn(opset=17), X, qdq=False)
+    with pytest.raises(CompileError, match=r"QOperator format.*QuantFormat\.QDQ"):
+        build(model, loss="cross_entropy")
+
+
+def test_building_an_int8_model_twice_gives_the_same_bytes(model: onnx.ModelProto) -> None:
+    first, second = (build(model, loss="cross_entropy").data for _ in range(2))
+    assert first == second
