@@ -164,6 +164,12 @@ class Store:
 
         return await self._writer.run(work)
 
+    async def counted(self, task: str, number: int, device: str) -> bytes | None:
+        """Return the hash of the update of `device` that counts for a round; None for none."""
+        where = (task, number, device)
+        row = await self._writer.run(lambda db: db.execute(_COUNTED, where).fetchone())
+        return None if row is None else cast("bytes", row[1])
+
     async def commit(
         self,
         task: str,

@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One task in memory: its newest version, the open round, and the sum that grows towards the next.
+
+Everything here can be rebuilt from the store. No socket, file, thread or clock: the service feeds
+it what the store has accepted, and does what it says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from coordinator.aggregators import AccumulatorFull, weight_of
+from coordinator.rounds import Action, DeadlinePassed, Event, Reported, Round, standing, step
+from coordinator.store import Resumed, StoredRound, StoredUpdate, Version
+from coordinator.task import Task
+from edge_sdk import codec, params
+from edge_sdk.bundle import Bundle
+from edge_sdk.codec import Lattice
+from edge_sdk.errors import CodecError
+from edge_sdk.messages import Update
+from edge_sdk.types import Array
+
+RECENT = 16
+"""Rounds that a late update may still belong to; older ones are stale."""
+
+
+class Verdict(NamedTuple):
+    """What an update is before it is stored; `lattice` comes with counted and late alone."""
+
+    outcome: Literal["counted", "late", "stale", "refused", "duplicate"]
+    reason: str = ""
+    lattice: Lattice | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RoundResult:
+    """How a round ended. `version` is the task's version after it; an abort leaves it as it was.
+
+    `late` are the stragglers of earlier rounds whose updates this version holds. `metrics` has
+    `loss` (of the reports, weighted by examples; NaN without any), `examples`, `bytes_up`, and
+    `norm` (L2 of the change of the weights).
+    """
+
+    number: int
+    version: int
+    outcome: Literal["commit", "abort"]
+    reported: tuple[str, ...]
+    left: tuple[str, ...]
+    declined: tuple[str, ...]
+    stragglers: tuple[str, ...]
+    late: tuple[str, ...]
+    digest: str
+    reason: str
+    metrics: dict[str, float]
+
+    def record(self) -> dict[str, Any]:
+        """Return the result as plain JSON values; a number that is not finite becomes null."""
+        plain = asdict(self)
+        known = self.metrics.items()
+        plain["metrics"] = {name: v if math.isfinite(v) else None for name, v in known}
+        return plain
+
+
+class Next(NamedTuple):
+    """What a settled round comes to: a version to store, or the reason why there is none."""
+
+    version: Version | None
+    folded: tuple[tuple[int, str], ...]
+    result: RoundResult
+
+
+@dataclass(slots=True)
+class Desk:
+    """The state of one task. Made by `begin`."""
+
+    task: Task
+    bundle: Bundle
+    call: int
+    version: Version
+    rounds: dict[int, Round] = field(default_factory=dict)
+    current: Round | None = None
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set whenever something happened that a waiting round may care for."""
+    folded: dict[tuple[int, str], StoredUpdate] = field(default_factory=dict)
+    base: int = 0
+    """The version that the sum grows on: ahead of `version` while a commit is being stored."""
+    _sum: Any = None
+    _deferred: list[tuple[StoredUpdate, Lattice]] = field(default_factory=list)
+    _stored: dict[int, StoredRound] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """How many numbers the trainable tensors hold."""
+        return params.count(self.bundle.shapes)
+
+    @property
+    def next_round(self) -> int:
+        """The number of the round after the newest."""
+        return max(self.rounds, default=0) + 1
+
+    def weights(self) -> Array:
+        """Return the newest version's masters: float32, flat."""
+        return np.frombuffer(self.version.params, "<f4").astype(np.float32)
+
+    def stored(self, number: int) -> StoredRound:
+        """Return a recent round as it was opened."""
+        return self._stored[number]
+
+    def open(self, r: StoredRound, opened: Round) -> None:
+        """Take in a round that the store has begun."""
+        self._stored[r.number] = r
+        self.rounds[r.number] = self.current = opened
+        for old in sorted(self.rounds)[:-RECENT]:
+            del self.rounds[old], self._stored[old]
+
+    def apply(self, event: Event) -> tuple[Action, ...]:
+        """Let something happen to the open round, if there is one."""
+        return () if self.current is None else self._step(self.current.number, event)
+
+    def expire(self) -> tuple[Action, ...]:
+        """Let the deadline of the open round pass."""
+        return self.apply(DeadlinePassed())
+
+    def judge(self, device: str, update: Update) -> Verdict:
+        """Check an update whose signature holds; nothing is changed."""
+        r = self.rounds.get(update.round)
+        if r is None:
+            return Verdict("stale", f"round {update.round} is not among the last {RECENT}")
+        stands = standing(r, device)
+        if stands == "refused":
+            return Verdict("refused", f"{device} was not invited to round {r.number}")
+        if stands == "duplicate":
+            return Verdict("duplicate")
+        if stands == "late" and self.task.late == "refuse":
+            return Verdict("stale", f"round {r.number} is over and this task takes no late updates")
+        return self._judge_body(r, update, stands)
+
+    def _judge_body(self, r: Round, update: Update, outcome: Literal["counted", "late"]) -> Verdict:
+        if update.version != r.version:
+            return Verdict("refused", f"round {r.number} starts from version {r.version}")
+        if update.examples < 1:
+            return Verdict("refused", "expected an update from at least one example")
+        try:
+            lattice = codec.lattice(update.body, self.bundle.shapes)
+        except CodecError as error:
+            return Verdict("refused", str(error))
+        norm = codec.norm(lattice)
+        if not norm <= self.task.max_norm:
+            limit = self.task.max_norm
+            return Verdict("refused", f"expected a delta of L2 norm up to {limit:g}, got {norm:g}")
+        return Verdict(outcome, "", lattice)
+
+    def fold(self, update: StoredUpdate, lattice: Lattice) -> tuple[Action, ...]:
+        """Add an update that the store has counted; the order of calls changes nothing."""
+        self._add(replace(update, blob=b""), lattice)
+        return self._step(update.round, Reported(update.device))
+
+    def _add(self, update: StoredUpdate, lattice: Lattice) -> None:
+        strategy = self.task.strategy
+        discount = strategy.discount(max(0, self.base - update.version))
+        weight = weight_of(update.examples, discount, cap=self.task.max_examples)
+        try:
+            self._sum = strategy.aggregator.add(self._sum, lattice, weight)
+        except AccumulatorFull:  # counted all the same: it goes into the version after this one
+            self._deferred.append((update, lattice))
+        else:
+            self.folded[update.round, update.device] = update
+
+    def settle(self) -> Next:
+        """Turn the settled round into the next version, or into the reason why there is none.
+
+        What was folded leaves the sum here, so that an update which arrives while the store writes
+        is counted towards the version after.
+        """
+        r = self.current
+        if r is None or r.verdict == "waiting":
+            raise RuntimeError("settle() before the round is settled")
+        if r.verdict == "abort":
+            reason = f"{len(r.reported)} of {r.quorum} needed devices reported"
+            return Next(None, (), self._result(r, "abort", reason))
+        weights, optimizer = self._advance()
+        if np.isfinite(weights).all():
+            settled = self._committed(r, weights, optimizer)
+            self.base += 1
+        else:  # the sum is poisoned: without setting it aside no later round could commit
+            result = self._result(r, "abort", "the new weights are not finite")
+            settled = Next(None, tuple(sorted(self.folded)), result)
+        self._restart_sum()
+        return settled
+
+    def _restart_sum(self) -> None:
+        self.folded, self._sum = {}, self.task.strategy.aggregator.init(self.size)
+        deferred, self._deferred = self._deferred, []
+        for update, lattice in deferred:
+            self._add(update, lattice)
+
+    def close(self, settled: Next) -> None:
+        """Go on from what `settle` returned, once the store has it."""
+        self.current = None
+        if settled.version is not None:
+            self.version = settled.version
+
+    def _advance(self) -> tuple[Array, bytes]:
+        aggregator, server = self.task.strategy.aggregator, self.task.strategy.server
+        with np.errstate(all="ignore"):  # what is not finite is caught by the caller
+            mean = aggregator.result(self._sum)
+            state = server.load(self.version.optimizer, self.size)
+            weights, state = server.step(self.weights(), mean, state)
+        return weights, server.dump(state)
+
+    def _committed(self, r: Round, weights: Array, optimizer: bytes) -> Next:
+        data = weights.astype("<f4").tobytes()
+        digest = hashlib.sha256(data).digest()
+        version = Version(self.version.number + 1, r.number, digest, data, optimizer)
+        norm = float(np.linalg.norm(weights.astype(np.float64) - self.weights()))
+        result = self._result(r, "commit", "", version, norm)
+        return Next(version, tuple(sorted(self.folded)), result)
+
+    def _step(self, number: int, event: Event) -> tuple[Action, ...]:
+        r = self.rounds.get(number)
+        if r is None:
+            return ()
+        changed, actions = step(r, event)
+        self.rounds[number] = changed
+        if self.current is r:
+            self.current = changed
+        return actions
+
+    def _result(
+        self,
+        r: Round,
+        outcome: Literal["commit", "abort"],
+        reason: str,
+        version: Version | None = None,
+        norm: float = 0.0,
+    ) -> RoundResult:
+        mine = [u for u in self.folded.values() if u.round == r.number]
+        late = {u.device for u in self.folded.values() if u.round != r.number}
+        after = self.version if version is None else version
+        return RoundResult(
+            number=r.number,
+            version=after.number,
+            outcome=outcome,
+            reported=tuple(sorted(r.reported)),
+            left=tuple(sorted(r.left)),
+            declined=tuple(sorted(r.declined)),
+            stragglers=tuple(sorted(r.stragglers)),
+            late=() if version is None else tuple(sorted(late)),
+            digest=after.digest.hex(),
+            reason=reason,
+            metrics=_metrics(mine) | {"norm": norm},
+        )
+
+
+def begin(task: Task, bundle: Bundle, resumed: Resumed) -> Desk:
+    """Rebuild a task from the store: the same rounds, the same sum, nothing counted twice."""
+    desk = Desk(task, bundle, resumed.call, resumed.version, base=resumed.version.number)
+    desk._restart_sum()  # noqa: SLF001  # its own maker
+    for stored in resumed.rounds:
+        opened = Round(stored.number, stored.version, stored.cohort, stored.quorum, stored.goal)
+        desk.open(stored, opened)
+        if stored.state != "open":
+            desk.current = None
+    _replay(desk, resumed)
+    return desk
+
+
+def first_version(task: Task, bundle: Bundle) -> Version:
+    """Return version 0: the bundle's own parameters and a fresh server optimizer."""
+    data = params.flatten(bundle.params(), bundle.shapes).astype("<f4").tobytes()
+    server = task.strategy.server
+    state = server.dump(server.init(params.count(bundle.shapes)))
+    return Version(0, 0, hashlib.sha256(data).digest(), data, state)
+
+
+def _replay(desk: Desk, resumed: Resumed) -> None:
+    for update in resumed.reports:
+        desk._step(update.round, Reported(update.device))  # noqa: SLF001
+    for stored in resumed.rounds:  # the closed ones were settled before, whoever reported since
+        if stored.state != "open":
+            desk._step(stored.number, DeadlinePassed())  # noqa: SLF001
+    for update in resumed.pending:
+        desk.fold(update, codec.lattice(update.blob, desk.bundle.shapes))
+
+
+def _metrics(reports: Sequence[StoredUpdate]) -> dict[str, float]:
+    examples = sum(u.examples for u in reports)
+    loss = math.fsum(u.loss * u.examples for u in reports) / examples if examples else math.nan
+    return {
+        "loss": loss,
+        "examples": float(examples),
+        "bytes_up": float(sum(u.size for u in reports)),
+    }

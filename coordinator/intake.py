@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a payload to its consequences: who sent it, may they, what does it change.
+
+No message can stop the coordinator. What is wrong with one is counted, logged once a device and
+cause (never the payload), and answered with a receipt when its author is certain.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from typing import Any, cast
+
+from coordinator.desk import Desk, Verdict
+from coordinator.fleet import Fleet, Known
+from coordinator.publishing import Publisher
+from coordinator.rounds import Action, Declined, Left, Returned
+from coordinator.store import Store, StoredUpdate
+from edge_sdk import topics
+from edge_sdk.chunks import Assembler
+from edge_sdk.errors import MessageError, StoreError
+from edge_sdk.messages import (
+    MAX_TRANSFER,
+    CheckIn,
+    Chunk,
+    Message,
+    Receipt,
+    Signed,
+    Status,
+    Update,
+    decode,
+)
+from edge_sdk.topics import Address
+
+log = logging.getLogger(__name__)
+
+Later = Coroutine[Any, Any, None]
+MOST_COMPLAINTS = 10_000
+MOST_PARKED = 1_000
+SLACK_BYTES = 65_536
+
+
+class Intake:
+    """Takes in every message; `counters` tells how many of each kind and outcome there were."""
+
+    def __init__(
+        self,
+        store: Store,
+        publisher: Publisher,
+        act: Callable[[Desk, tuple[Action, ...]], None],
+    ) -> None:
+        self.fleet = Fleet()
+        self.desks: dict[str, Desk] = {}
+        self.running: set[str] = set()
+        self.counters: Counter[str] = Counter()
+        self._store = store
+        self._publisher = publisher
+        self._act = act
+        self._assembler = Assembler()
+        self._parked: dict[str, tuple[str, bytes]] = {}
+        self._complaints: set[tuple[str, str]] = set()
+
+    def take(self, topic: str, payload: bytes) -> Later | None:
+        """Take in one message; what it needs of the disk and the network is returned as work.
+
+        The message may be acknowledged once that work is done, at once when there is none.
+        """
+        self.counters["messages"] += 1
+        self.counters["bytes"] += len(payload)
+        device = ""
+        try:
+            address = topics.parse(topic)
+            device = address.device
+            return self._route(address, topic, payload)
+        except MessageError as error:
+            self._complain(device, "malformed", error)
+        except Exception as error:  # noqa: BLE001  # whatever a message does, the rounds go on
+            self._complain(device, "crashed", error)
+        return None
+
+    def _route(self, address: Address, topic: str, payload: bytes) -> Later | None:
+        if address.kind == "status":
+            return self._status(topic, payload)
+        desk, key = self.desks.get(address.task), self.fleet.key(address.device)
+        if desk is None:
+            self.counters["unknown_task"] += 1
+            return None
+        if key is None:
+            self._park(address, topic, payload)
+            return None
+        message = self._verified(topic, payload, key)
+        match message:
+            case (CheckIn() as check_in, _):
+                self._check_in(desk, address.device, check_in)
+            case (Chunk() as chunk, _):
+                return self._chunk(desk, address, chunk, key)
+            case (Update() as update, signed):
+                return self._count(desk, address.device, update, signed)
+        return None
+
+    def _verified(
+        self, topic: str, frame: bytes, key: bytes, limit: int | None = None
+    ) -> tuple[Message, Signed] | None:
+        message, signed = decode(frame, topic) if limit is None else decode(frame, topic, limit)
+        if signed.by(key):
+            return message, signed
+        device = topics.parse(topic).device
+        self._complain(device, "forged", MessageError("the signature is not this device's"))
+        return None
+
+    def _status(self, topic: str, payload: bytes) -> Later | None:
+        message, signed = decode(payload, topic)
+        status = cast("Status", message)
+        if not signed.by(status.key):
+            raise MessageError("the status is not signed with the key that it shows")
+        seen = Known(status.device, status.key, status.name, status.sdk, status.online, status.boot)
+        before = self.fleet.devices.get(seen.device)
+        if not self.fleet.status(seen):
+            self.counters["outdated"] += 1
+            return None
+        for desk in self.desks.values():
+            if not seen.online:
+                self._act(desk, desk.apply(Left(seen.device)))
+            desk.changed.set()
+        if (parked := self._parked.pop(seen.device, None)) is not None:
+            self.take(*parked)
+        return None if before == seen else self._remember(seen)
+
+    async def _remember(self, seen: Known) -> None:
+        try:
+            await self._store.remember(seen)
+        except StoreError as error:
+            self._complain(seen.device, "store", error)
+
+    def _park(self, address: Address, topic: str, payload: bytes) -> None:
+        """Keep a check-in that overtook its device's status; the rest is sent again anyway."""
+        self.counters["stranger"] += 1
+        if address.kind == "checkin" and len(self._parked) < MOST_PARKED:
+            self._parked[address.device] = (topic, payload)
+
+    def _check_in(self, desk: Desk, device: str, check_in: CheckIn) -> None:
+        if check_in.call != desk.call:
+            self.counters["outdated"] += 1
+            return
+        task = desk.task.name
+        if check_in.ready:
+            self.fleet.check_in(task, device, check_in.call, check_in.examples)
+            self._act(desk, desk.apply(Returned(device)))
+        else:
+            self.fleet.withdraw(task, device)
+            self._act(desk, desk.apply(Declined(device)))
+        desk.changed.set()
+
+    def _chunk(self, desk: Desk, address: Address, chunk: Chunk, key: bytes) -> Later | None:
+        most = 8 * desk.size + SLACK_BYTES
+        if chunk.size > most:
+            raise MessageError(f"expected an update of at most {most} bytes, got {chunk.size}")
+        frame = self._assembler.add(address.device, chunk)
+        if frame is None:
+            return None
+        topic = topics.up(address.task, address.device, "update")
+        match self._verified(topic, frame, key, MAX_TRANSFER):
+            case (Update() as update, signed):
+                return self._count(desk, address.device, update, signed)
+        return None
+
+    async def _count(self, desk: Desk, device: str, update: Update, signed: Signed) -> None:
+        try:
+            answer = await self._counted(desk, device, update, signed)
+        except StoreError as error:  # no receipt: the device keeps the update and sends it again
+            self._complain(device, "store", error)
+            return
+        self.counters[answer.outcome] += 1
+        if answer.outcome == "refused":
+            log.warning("update refused device=%s reason=%s", device, answer.reason)
+        await self._publisher.receipt(desk, device, answer)
+
+    async def _counted(self, desk: Desk, device: str, update: Update, signed: Signed) -> Receipt:
+        verdict = desk.judge(device, update)
+        receipt = Receipt(update.round, signed.id, verdict.outcome, verdict.reason)
+        if verdict.outcome == "duplicate":
+            counted = await self._store.counted(desk.task.name, update.round, device)
+            return Receipt(update.round, signed.id, "duplicate", "", counted)
+        if verdict.lattice is None:
+            return receipt
+        stored = _stored(device, update, signed, verdict)
+        answer = await self._store.count(desk.task.name, stored)
+        if not answer.is_new:
+            return Receipt(update.round, signed.id, "duplicate", "", answer.hash)
+        self._act(desk, desk.fold(stored, verdict.lattice))
+        return receipt
+
+    def _complain(self, device: str, cause: str, error: Exception) -> None:
+        self.counters[cause] += 1
+        about = (device, f"{cause}:{type(error).__name__}")
+        if about in self._complaints or len(self._complaints) >= MOST_COMPLAINTS:
+            return
+        self._complaints.add(about)
+        trace = error if cause == "crashed" else None
+        log.warning("message %s device=%s reason=%s", cause, device, error, exc_info=trace)
+
+
+def _stored(device: str, update: Update, signed: Signed, verdict: Verdict) -> StoredUpdate:
+    return StoredUpdate(
+        round=update.round,
+        device=device,
+        hash=signed.id,
+        version=update.version,
+        examples=update.examples,
+        steps=update.steps,
+        loss=update.loss,
+        seconds=update.seconds,
+        size=len(signed.frame),
+        outcome="late" if verdict.outcome == "late" else "counted",
+        blob=update.body,
+    )

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The store as a reader sees it: fleet, rounds and models, also while a coordinator is at work."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coordinator.schema import check
+from edge_sdk.errors import StoreError
+from edge_sdk.types import Array
+
+DATABASE = "coordinator.db"
+
+
+def fleet(folder: str | Path) -> list[dict[str, Any]]:
+    """Return every device ever seen: id, name, sdk, online, counted updates, when last seen (UTC).
+
+    Raises: StoreError when there is no store, or it is not ours.
+    """
+    return _rows(
+        folder,
+        """SELECT device AS id, name, sdk, online,
+        (SELECT count(*) FROM updates u WHERE u.device = d.device) AS updates,
+        datetime(first_seen, 'unixepoch') AS first_seen,
+        datetime(last_seen, 'unixepoch') AS last_seen
+        FROM devices d ORDER BY device""",
+    )
+
+
+def rounds(folder: str | Path, task: str | None = None) -> list[dict[str, Any]]:
+    """Return every round of a task, or of all: the stored result beside what it was opened with.
+
+    Raises: StoreError when there is no store, or it is not ours.
+    """
+    found = _rows(
+        folder,
+        """SELECT task, round AS number, version AS base, state AS outcome, quorum, goal, cohort,
+        result, datetime(opened_at, 'unixepoch') AS opened_at,
+        datetime(closed_at, 'unixepoch') AS closed_at
+        FROM rounds WHERE ?1 IS NULL OR task = ?1 ORDER BY task, round""",
+        task,
+    )
+    return [_opened(row) for row in found]
+
+
+def models(folder: str | Path, task: str | None = None) -> list[dict[str, Any]]:
+    """Return every version of a task, or of all: number, round, digest, when made (UTC).
+
+    Raises: StoreError when there is no store, or it is not ours.
+    """
+    return _rows(
+        folder,
+        """SELECT v.task, v.version, v.round, lower(hex(v.digest)) AS digest,
+        lower(hex(t.bundle)) AS bundle, v.params IS NOT NULL AS kept,
+        datetime(v.made_at, 'unixepoch') AS made_at
+        FROM versions v JOIN tasks t ON t.task = v.task
+        WHERE ?1 IS NULL OR v.task = ?1 ORDER BY v.task, v.version""",
+        task,
+    )
+
+
+def updates(folder: str | Path, task: str | None = None) -> list[dict[str, Any]]:
+    """Return every counted update: task, round, device, outcome, examples, bytes, and `folded`.
+
+    `folded` is the version that holds it, None while none does, -1 when it was set aside.
+    Raises: StoreError when there is no store, or it is not ours.
+    """
+    return _rows(
+        folder,
+        """SELECT task, round, device, lower(hex(hash)) AS hash, outcome, examples, steps, size,
+        folded FROM updates WHERE ?1 IS NULL OR task = ?1 ORDER BY task, round, device""",
+        task,
+    )
+
+
+def weights(folder: str | Path, task: str, version: int) -> Array:
+    """Return one version's masters: float32, flat, in the order of the bundle's parameters.
+
+    Raises: StoreError when there is none of that number, or it is older than is kept.
+    """
+    with _reading(folder) as db:
+        row = db.execute(
+            "SELECT params FROM versions WHERE task = ? AND version = ? AND params IS NOT NULL",
+            (task, version),
+        ).fetchone()
+    if row is None:
+        raise StoreError(f"task {task} has no version {version}, or it is older than is kept")
+    return np.frombuffer(row[0], "<f4").astype(np.float32)
+
+
+def _opened(row: dict[str, Any]) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(row["result"])
+    kept = {name: value for name, value in row.items() if name != "result"}
+    return kept | {"cohort": json.loads(row["cohort"])} | result
+
+
+def _rows(folder: str | Path, query: str, *values: object) -> list[dict[str, Any]]:
+    with _reading(folder) as db:
+        cursor = db.execute(query, values)
+        names = [column[0] for column in cursor.description]
+        return [dict(zip(names, row, strict=True)) for row in cursor]
+
+
+@contextmanager
+def _reading(folder: str | Path) -> Iterator[sqlite3.Connection]:
+    file = Path(folder) / DATABASE
+    if not file.exists():
+        raise StoreError(f"expected a coordinator's store at {file}, there is none")
+    try:
+        with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as db:
+            check(db)
+            yield db
+    except sqlite3.Error as error:
+        raise StoreError(f"cannot read {file}: {error}") from error

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the coordinator says: offers and models (retained), invitations and receipts. All signed."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from typing import Literal
+
+from coordinator.desk import Desk
+from coordinator.link import Link
+from edge_sdk import chunks, topics
+from edge_sdk.errors import TransportError
+from edge_sdk.messages import Invite, Message, Offer, Part, Receipt, encode
+from edge_sdk.signing import Signer
+
+log = logging.getLogger(__name__)
+
+
+class Publisher:
+    """Signs and sends. What the broker does not take is logged: the protocol asks again."""
+
+    def __init__(self, link: Link, signer: Signer) -> None:
+        self._link = link
+        self._signer = signer
+        self.bytes_down = 0
+        """Bytes handed to the broker; it multiplies retained ones by its subscribers."""
+
+    async def bundle(self, desk: Desk) -> None:
+        """Retain the bundle's parts."""
+        bundle = desk.bundle
+        digest = bytes.fromhex(bundle.digest)
+        await self._parts(desk, chunks.parts("bundle", bundle.data, digest, 0))
+
+    async def model(self, desk: Desk, state: Literal["open", "closed"] = "open") -> None:
+        """Retain the newest weights, then the offer that names them."""
+        v = desk.version
+        await self._parts(desk, chunks.parts("weights", v.params, v.digest, v.number))
+        await self.offer(desk, state)
+
+    async def offer(self, desk: Desk, state: Literal["open", "closed"] = "open") -> None:
+        """Retain the task's offer."""
+        number = desk.current.number if desk.current else desk.next_round
+        offer = Offer(
+            task=desk.task.name,
+            call=desk.call,
+            round=number,
+            version=desk.version.number,
+            bundle=bytes.fromhex(desk.bundle.digest),
+            model=desk.version.digest,
+            bundle_size=len(desk.bundle.data),
+            model_size=len(desk.version.params),
+            key=self._signer.public,
+            state=state,
+        )
+        await self._send(topics.offer(desk.task.name), offer, retain=True)
+
+    async def invite(self, desk: Desk, device: str) -> None:
+        """Invite one device to the open round."""
+        if desk.current is None:
+            return
+        task, r = desk.task, desk.stored(desk.current.number)
+        invite = Invite(
+            round=r.number,
+            version=r.version,
+            model=desk.version.digest,
+            deadline_s=r.deadline_s,
+            codec=task.codec_spec,
+            epochs=task.epochs,
+            steps=task.steps,
+            seconds=task.seconds,
+            batch=task.batch,
+            lr=task.lr,
+            mu=task.mu,
+            seed=seed_of(device, r.seed),
+        )
+        await self._send(topics.down(task.name, device, "invite"), invite)
+
+    async def receipt(self, desk: Desk, device: str, receipt: Receipt) -> None:
+        """Tell a device what became of its update; after the store's commit, never before."""
+        await self._send(topics.down(desk.task.name, device, "receipt"), receipt)
+
+    async def _parts(self, desk: Desk, parts: list[Part]) -> None:
+        for part in parts:
+            await self._send(topics.part(desk.task.name, part.what, part.index), part, retain=True)
+
+    async def _send(self, topic: str, message: Message, *, retain: bool = False) -> None:
+        frame = encode(message, self._signer, topic)
+        self.bytes_down += len(frame)
+        try:
+            await self._link.publish(topic, frame, retain=retain)
+        except (TransportError, TimeoutError) as error:
+            log.warning("publish failed topic=%s reason=%s", topic, error)
+
+
+def seed_of(*parts: object) -> int:
+    """Return a seed below 2**63 that depends on every part, on any machine the same."""
+    text = "\0".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1

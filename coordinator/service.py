@@ -1,0 +1,362 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The coordinator: joins the pure rounds to the store, the broker and the clock.
+
+async with Coordinator("mqtts://localhost", store="/var/lib/fedge") as coordinator:
+    async for r in coordinator.train(Task("pump", "pump.fedge"), rounds(cohort=20, deadline_s=600)):
+        print(r.number, r.outcome, len(r.reported), r.metrics["loss"])
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from coordinator import desk as desks
+from coordinator import sampling
+from coordinator.clock import Clock, SystemClock
+from coordinator.desk import Desk, Next, RoundResult
+from coordinator.fleet import Fleet
+from coordinator.intake import Intake, Later
+from coordinator.link import Link
+from coordinator.pacing import Pace
+from coordinator.publishing import Publisher, seed_of
+from coordinator.rounds import Action, Invite, begin
+from coordinator.store import Store, StoredRound
+from coordinator.task import Task
+from edge_sdk import params as tensors
+from edge_sdk import topics
+from edge_sdk.errors import ConfigError, FedgeError, StoreError
+from edge_sdk.signing import DeviceKey
+from edge_sdk.types import Params
+
+if TYPE_CHECKING:
+    from typing import Self
+
+log = logging.getLogger(__name__)
+
+IN_FLIGHT = 256
+"""Messages dealt with at a time: more wait at the broker, not in memory."""
+RETRY_S = 1.0
+STOP_S = 3.0
+DATABASE, KEY = "coordinator.db", "coordinator.key"
+
+
+class Coordinator:
+    """Trains tasks on the devices behind one broker. Use it with `async with`.
+
+    Args:
+        url: mqtt://[user[:password]@]host[:1883] or mqtts://host[:8883].
+        store: the folder of the database and of the coordinator's key.
+        ca_file: whom to trust for mqtts, in place of the system's authorities.
+        username, password: credentials at the broker.
+        client_id: the name of the session at the broker.
+        clock: time, for tests.
+        link: a connection in place of `url`, for tests and simulation.
+
+    Raises: StoreError when the store cannot be used, TransportError when the broker cannot be
+        reached at the start.
+    """
+
+    def __init__(
+        self,
+        url: str = "",
+        *,
+        store: str | Path,
+        ca_file: str | Path | None = None,
+        username: str | None = None,
+        password: str | None = None,
+        client_id: str = "fedge-coordinator",
+        clock: Clock | None = None,
+        link: Link | None = None,
+    ) -> None:
+        self._folder = Path(store)
+        self._clock = clock or SystemClock()
+        self._given_link = link
+        self._connect = {
+            "url": url,
+            "client_id": client_id,
+            "ca_file": ca_file,
+            "username": username,
+            "password": password,
+        }
+        self._stack = contextlib.AsyncExitStack()
+        self._work: set[asyncio.Task[None]] = set()
+        self._slots = asyncio.Semaphore(IN_FLIGHT)
+        self._failed: BaseException | None = None
+
+    async def __aenter__(self) -> Self:
+        async with contextlib.AsyncExitStack() as stack:
+            self._store = await asyncio.to_thread(Store, self._folder / DATABASE)
+            stack.push_async_callback(asyncio.to_thread, self._store.close)
+            signer = DeviceKey.load_or_create(self._folder / KEY)
+            link = await self._open_link(stack)
+            self._publisher = Publisher(link, signer)
+            self._intake = Intake(self._store, self._publisher, self._act)
+            for known in await self._store.devices():
+                self.fleet.remember(known)
+            reader = asyncio.create_task(self._read(link), name="fedge-intake")
+            stack.push_async_callback(self._stop, reader)
+            await link.subscribe(topics.status_filter())
+            self._link = link
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._stack.aclose()
+
+    @property
+    def fleet(self) -> Fleet:
+        """The devices known, who is online and who checked in."""
+        return self._intake.fleet
+
+    @property
+    def counters(self) -> Counter[str]:
+        """Messages by outcome: counted, late, duplicate, stale, refused, forged, malformed, .."""
+        return self._intake.counters
+
+    async def train(self, task: Task, pace: Pace) -> AsyncGenerator[RoundResult, None]:
+        """Yield each round's result, commits and aborts, until the task is at its last version.
+
+        A round that was open when an earlier coordinator died goes on where it was. Several tasks
+        train at once, each in its own loop; between two rounds the loop's body has all the time
+        it wants.
+        Raises: BundleError, ConfigError and StoreError when the task cannot start.
+        """
+        desk = await self._open(task)
+        try:
+            while desk.current is not None or _goes_on(desk, pace):
+                if desk.current is None:
+                    await self._begin(desk, pace)
+                result = await self._finish(desk)
+                await self._publisher.model(desk, "open" if _goes_on(desk, pace) else "closed")
+                yield result
+                if result.outcome == "abort":
+                    await self._rest(desk, pace.select_s)
+        finally:
+            self._running.discard(task.name)
+
+    async def params(self, task: Task, version: int) -> Params:
+        """Return the trainable tensors of one version, for evaluation and export.
+
+        Raises: StoreError when there is none of that number, or it is older than is kept.
+        """
+        shapes = task.load().shapes
+        stored = await self._store.version(task.name, version)
+        return tensors.unflatten(np.frombuffer(stored.params, "<f4").astype(np.float32), shapes)
+
+    async def check_alive(self) -> None:
+        """Return once the loop has turned and the store has answered.
+
+        Raises: what stopped the coordinator, if something did.
+        """
+        await self._store.devices()
+        self._raise_if_failed()
+
+    @property
+    def _running(self) -> set[str]:
+        return self._intake.running
+
+    async def _open_link(self, stack: contextlib.AsyncExitStack) -> Link:
+        if self._given_link is not None:
+            return self._given_link
+        from coordinator.mqtt import Mqtt
+
+        connect: dict[str, Any] = self._connect
+        return await stack.enter_async_context(Mqtt(**connect))
+
+    async def _open(self, task: Task) -> Desk:
+        if task.name in self._running:
+            raise ConfigError(f"task {task.name} is already being trained: give each its own name")
+        self._running.add(task.name)
+        try:
+            bundle = task.load()
+            await self._settled()  # an update on its way into an earlier loop of the same task
+            first = desks.first_version(task, bundle)
+            digest = bytes.fromhex(bundle.digest)
+            resumed = await self._store.resume(task.name, digest, first, desks.RECENT)
+            desk = self._intake.desks[task.name] = desks.begin(task, bundle, resumed)
+            await self._link.subscribe(topics.up_filter(task.name))
+            await self._publisher.bundle(desk)
+            await self._publisher.model(desk)
+        except BaseException:
+            self._running.discard(task.name)
+            raise
+        log.info(
+            "task open task=%s version=%d call=%d pending=%d round=%s",
+            task.name,
+            desk.version.number,
+            desk.call,
+            len(desk.folded),
+            desk.current.number if desk.current else "-",
+        )
+        return desk
+
+    async def _begin(self, desk: Desk, pace: Pace) -> None:
+        """Wait for enough devices, store the round, then invite them."""
+        number = desk.next_round
+        seed = seed_of(desk.task.name, desk.task.seed, number)
+        cohort = await self._select(desk, pace, seed)
+        goal = min(pace.cohort, len(cohort))
+        opened, actions = begin(
+            number, desk.version.number, cohort, quorum=min(pace.quorum, goal), goal=goal
+        )
+        stored = StoredRound(
+            number, opened.version, opened.cohort, opened.quorum, goal, pace.deadline_s, seed
+        )
+        await self._store.open_round(desk.task.name, stored)
+        desk.open(stored, opened)
+        log.info("round open task=%s round=%d cohort=%d", desk.task.name, number, len(cohort))
+        self._act(desk, actions)
+
+    async def _select(self, desk: Desk, pace: Pace, seed: int) -> Sequence[str]:
+        quorum_since: float | None = None
+        while True:
+            desk.changed.clear()
+            ready, now = self.fleet.ready(desk.task.name, desk.call), self._clock.monotonic()
+            if len(ready) < pace.quorum:
+                quorum_since = None
+            elif quorum_since is None:
+                quorum_since = now
+            waited_s = 0.0 if quorum_since is None else now - quorum_since
+            wanted = pace.invite(len(ready), waited_s, self.fleet.completion_of(desk.task.name))
+            if wanted:
+                return sampling.uniform(ready, wanted, np.random.default_rng(seed))
+            until_s = math.inf if quorum_since is None else quorum_since + pace.select_s
+            await self._wait(desk, until_s)
+
+    async def _finish(self, desk: Desk) -> RoundResult:
+        """Wait until the open round is settled, then store what it came to."""
+        r = desk.current
+        if r is None:
+            raise RuntimeError("no round is open")
+        deadline = self._clock.monotonic() + desk.stored(r.number).deadline_s
+        while desk.current is not None and desk.current.verdict == "waiting":
+            desk.changed.clear()
+            if not await self._wait(desk, deadline) and self._clock.monotonic() >= deadline:
+                self._act(desk, desk.expire())
+        settled = desk.settle()
+        await self._keep(desk, settled)
+        desk.close(settled)
+        result = settled.result
+        self.fleet.completed(desk.task.name, len(r.cohort), len(result.reported))
+        _log_result(desk.task.name, result)
+        return result
+
+    async def _keep(self, desk: Desk, settled: Next) -> None:
+        """Store what a round came to, however long the disk refuses."""
+        name, record = desk.task.name, settled.result.record()
+        while True:
+            try:
+                if settled.version is None:
+                    number = settled.result.number
+                    await self._store.abort(name, number, record, settled.folded)
+                else:
+                    await self._store.commit(name, settled.version, settled.folded, record)
+            except StoreError as error:
+                log.warning("round kept waiting task=%s reason=%s", name, error)
+                await self._clock.wait(asyncio.Event(), self._clock.monotonic() + RETRY_S)
+            else:
+                return
+
+    async def _rest(self, desk: Desk, seconds: float) -> None:
+        """Pause after an abort, so that a fleet in trouble is not asked again at once."""
+        until_s = self._clock.monotonic() + seconds
+        while self._clock.monotonic() < until_s:
+            desk.changed.clear()
+            await self._wait(desk, until_s)
+
+    async def _wait(self, desk: Desk, until_s: float) -> bool:
+        self._raise_if_failed()
+        happened = await self._clock.wait(desk.changed, until_s)
+        self._raise_if_failed()
+        return happened
+
+    def _raise_if_failed(self) -> None:
+        if self._failed is not None:
+            raise self._failed
+
+    def _act(self, desk: Desk, actions: tuple[Action, ...]) -> None:
+        for action in actions:
+            if isinstance(action, Invite):
+                self._spawn(self._publisher.invite(desk, action.device))
+        desk.changed.set()
+
+    async def _read(self, link: Link) -> None:
+        try:
+            async for topic, payload, ack in link.messages():
+                work = self._intake.take(topic, payload)
+                if work is None:
+                    ack()
+                    continue
+                await self._slots.acquire()
+                self._spawn(self._do(work, ack))
+        except FedgeError as error:
+            self._failed = error
+        else:
+            self._failed = FedgeError("the connection to the broker is closed")
+        for desk in self._intake.desks.values():
+            desk.changed.set()
+
+    async def _do(self, work: Later, ack: Callable[[], None]) -> None:
+        try:
+            await work
+        finally:
+            self._slots.release()
+            ack()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(_guarded(work))
+        self._work.add(task)
+        task.add_done_callback(self._work.discard)
+
+    async def _settled(self) -> None:
+        if self._work:
+            await asyncio.wait(self._work)
+
+    async def _stop(self, reader: asyncio.Task[None]) -> None:
+        """Stop reading, give what is under way a moment, and let the outboxes resend the rest."""
+        reader.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await reader
+        if self._work:
+            _, late = await asyncio.wait(self._work, timeout=STOP_S)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+
+
+async def _guarded(work: Coroutine[Any, Any, None]) -> None:
+    """Whatever a message or the network does, the rounds go on."""
+    try:
+        await work
+    except Exception:
+        log.exception("work failed")
+
+
+def _goes_on(desk: Desk, pace: Pace) -> bool:
+    return pace.last_version is None or desk.version.number < pace.last_version
+
+
+def _log_result(task: str, r: RoundResult) -> None:
+    log.info(
+        "round %s task=%s round=%d version=%d "
+        "reported=%d left=%d stragglers=%d late=%d loss=%.4g%s",
+        r.outcome,
+        task,
+        r.number,
+        r.version,
+        len(r.reported),
+        len(r.left),
+        len(r.stragglers),
+        len(r.late),
+        r.metrics["loss"],
+        f" reason={r.reason!r}" if r.reason else "",
+    )

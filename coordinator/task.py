@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A task as its owner writes it: which bundle, how to fold, what devices may spend. Data only."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from coordinator.aggregators import MAX_EXAMPLES
+from coordinator.strategy import Strategy, fedavg
+from edge_sdk import codec as codecs
+from edge_sdk import topics
+from edge_sdk.bundle import Bundle
+from edge_sdk.errors import CodecError, ConfigError, MessageError
+from edge_sdk.types import Spec
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A model to improve, and how.
+
+    Args:
+        name: 1 to 20 of a-z, 0-9 and -; part of every topic.
+        bundle: a `.fedge` file or a loaded `Bundle`; it may not change in the life of a task.
+        strategy: how updates become the next version.
+        codec: a preset's name or a chain such as ``[["deadzone", 2.0], ["int8"]]``.
+        epochs, steps, seconds: what a device may spend on a round; whichever ends first, None for
+            no limit. One at least is given.
+        batch: examples in a step.
+        lr: in place of the bundle's learning rate.
+        mu: strength of FedProx's pull to the base; the bundle must have been built for it.
+        late: "fold" puts a straggler's update into the next version, discounted by staleness;
+            "refuse" tells the device that it came too late.
+        max_norm: an update whose delta has a larger L2 norm is refused.
+        max_examples: one update never weighs more than this many examples.
+        seed: of cohorts and of what devices draw.
+
+    Raises: ConfigError when a setting is out of bounds or the codec makes no sense.
+    """
+
+    name: str
+    bundle: Bundle | str | Path
+    strategy: Strategy = field(default_factory=fedavg)
+    codec: str | Spec = "default"
+    epochs: int | None = 1
+    steps: int | None = None
+    seconds: float | None = None
+    batch: int | None = 32
+    lr: float | None = None
+    mu: float | None = None
+    late: Literal["fold", "refuse"] = "fold"
+    max_norm: float = 1000.0
+    max_examples: int = MAX_EXAMPLES
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        try:
+            topics.checked_task(self.name)
+            _ = self.codec_spec
+        except (MessageError, CodecError) as error:
+            raise ConfigError(f"task {self.name}: {error}") from error
+        for name in ("epochs", "steps", "batch", "max_examples"):
+            _check_whole(self, name)
+        for name in ("seconds", "lr", "mu", "max_norm"):
+            _check_real(self, name)
+        if self.epochs is None and self.steps is None and self.seconds is None:
+            raise ConfigError(f"task {self.name}: expected epochs, steps or seconds, got none")
+        if self.late not in ("fold", "refuse"):
+            raise ConfigError(
+                f'task {self.name}: expected late = "fold" or "refuse", got {self.late!r}'
+            )
+        if not (isinstance(self.seed, int) and 0 <= self.seed < 2**31):
+            raise ConfigError(f"task {self.name}: expected a seed below 2**31, got {self.seed!r}")
+
+    @property
+    def codec_spec(self) -> Spec:
+        """The codec as an invitation spells it: a list of stages, presets resolved."""
+        return codecs.from_spec(self.codec).spec
+
+    def load(self) -> Bundle:
+        """Return the bundle, read from its file if need be.
+
+        Raises: BundleError when it is damaged, ConfigError when it is not there or cannot do what
+            the task asks.
+        """
+        bundle = self.bundle
+        if not isinstance(bundle, Bundle):
+            try:
+                bundle = Bundle.load(bundle)
+            except OSError as error:
+                reason = error.strerror or str(error)
+                raise ConfigError(f"task {self.name}: bundle {self.bundle}: {reason}") from error
+        if self.mu and not bundle.manifest["proximal"]:
+            raise ConfigError(f"task {self.name}: mu needs a bundle built with proximal=True")
+        return bundle
+
+
+def _check_whole(task: Task, name: str) -> None:
+    value = getattr(task, name)
+    if value is None and name != "max_examples":
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**32:
+        raise ConfigError(
+            f"task {task.name}: expected {name} to be a whole number of 1 or more, got {value!r}"
+        )
+
+
+def _check_real(task: Task, name: str) -> None:
+    value = getattr(task, name)
+    if value is None and name != "max_norm":
+        return
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    lowest_ok = is_number and (value >= 0 if name == "mu" else value > 0)
+    if not lowest_ok or not math.isfinite(value):
+        raise ConfigError(f"task {task.name}: expected {name} to be above 0, got {value!r}")
