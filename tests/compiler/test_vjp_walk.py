@@ -189,3 +189,13 @@ def test_an_older_model_is_brought_to_the_opset_floor_and_differentiated() -> No
     feeds = {"x": np.ones((2, 3), np.float32), "g": np.array([3, 6], np.float32)}
     (got,) = session(e, [grads["x"]]).run(None, feeds)
     np.testing.assert_allclose(got, [[1, 1, 1], [2, 2, 2]])
+
+
+def test_equal_maxima_of_a_window_share_the_gradient() -> None:
+    e = start(x=(1, 1, 2, 4))
+    y = e.MaxPool("x", kernel_shape=[2, 2], strides=[2, 2])
+    grads = backward(e, {y: e.input("g", np.float32, (1, 1, 1, 2))}, ["x"])
+    x = np.array([[[[0, 0, 1, 2], [0, 0, 2, 0]]]], np.float32)
+    g = np.array([[[[4, 6]]]], np.float32)
+    (got,) = session(e, [grads["x"]]).run(None, {"x": x, "g": g})
+    np.testing.assert_array_equal(got, [[[[1, 1, 0, 3], [1, 1, 3, 0]]]])

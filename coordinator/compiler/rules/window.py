@@ -57,6 +57,12 @@ class Window(NamedTuple):
         return self.taps == 1 and not any(self.pads) and set(self.strides) == {1}
 
     @property
+    def is_tiling(self) -> bool:
+        """Tell whether the windows lie side by side, with nothing padded and none hanging over."""
+        plain = set(self.dilations) == {1} and not any(self.pads)
+        return plain and self.kernel == self.strides and min(self.spare) >= 0
+
+    @property
     def is_flippable(self) -> bool:
         """Tell whether a stride-1 convolution undoes it: the padding lies within the extent."""
         rows = zip(self.extents, self.begins, self.ends, strict=True)
