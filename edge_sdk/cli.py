@@ -71,7 +71,8 @@ def _line(error: BaseException) -> str:
         return "interrupted"
     if isinstance(error, ModuleNotFoundError):
         name = (error.name or "").partition(".")[0]
-        return f"{name} is not installed; pip install 'fedge[{HINTS.get(name, 'demo')}]'"
+        extra = f"fedge[{HINTS[name]}]" if name in HINTS else "fedge"
+        return f"{error.name} is not installed; pip install '{extra}'"
     return " ".join(str(error).split())
 
 

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files that the processes of a run are given, as an operator would write them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coordinator.demo.settings import Settings
+from edge_sdk.bundle import Bundle
+
+TASK = "demo"
+
+
+def coordinator_config(folder: Path, settings: Settings, broker: str, bundle: Bundle) -> Path:
+    """Write `coordinator.toml` and the bundle; return the file to give to `--config`."""
+    folder.mkdir(parents=True)
+    bundle.save(folder / "model.fedge")
+    pace = {
+        "cohort": settings.cohort,
+        "quorum": settings.quorum,
+        "deadline_s": settings.deadline_s,
+        "count": settings.rounds,
+        "select_s": settings.select_s,
+    }
+    lines = [
+        f"broker = {json.dumps(broker)}",
+        'store = "store"',
+        f"[task.{TASK}]",
+        'bundle = "model.fedge"',
+        f'pace = ["rounds", {_inline(pace)}]',
+        f"codec = {json.dumps(settings.codec)}",
+        f"budget = {_inline({'epochs': settings.epochs, 'batch': settings.batch})}",
+        f"seed = {settings.seed}",
+    ]
+    return _write(folder / "coordinator.toml", lines)
+
+
+def device_config(
+    folder: Path, settings: Settings, broker: str, rows: tuple[NDArray[Any], NDArray[Any]]
+) -> Path:
+    """Write `device.toml` and the rows of one device; return the file to give to `--config`."""
+    inbox = folder / "inbox"
+    inbox.mkdir(parents=True)
+    np.savez(inbox / "rows.npz", x=rows[0], y=rows[1])
+    lines = [
+        f"broker = {json.dumps(broker)}",
+        f'task = "{TASK}"',
+        'state = "state"',
+        f"name = {json.dumps(folder.name)}",
+        f"engine = {json.dumps(settings.engine)}",
+        f"capacity = {len(rows[1])}",
+        f"min_examples = {len(rows[1])}",
+        "[source]",
+        'folder = "inbox"',
+        "poll_s = 0.2",
+    ]
+    return _write(folder / "device.toml", lines)
+
+
+def _inline(values: dict[str, float]) -> str:
+    return "{ " + ", ".join(f"{key} = {value}" for key, value in values.items()) + " }"
+
+
+def _write(path: Path, lines: list[str]) -> Path:
+    path.write_text("\n".join([*lines, ""]))
+    return path
+
+
+def status(folder: Path) -> dict[str, Any]:
+    """Return what a device last wrote of itself; nothing when it never came that far."""
+    file = folder / "state" / "status.json"
+    if not file.exists():
+        return {}
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
