@@ -193,7 +193,7 @@ def _all_due(state: Session) -> Session:
 
 def _offered(state: Session, offer: Offered) -> Session:
     known = state.offer
-    if known is None or known.call != offer.call:  # the coordinator started anew
+    if known is not None and known.call != offer.call:  # the coordinator started anew
         state = _all_due(replace(state, stands=None))
     if known is None or (known.bundle, known.model) != (offer.bundle, offer.model):
         state = replace(state, fetch_retry=Retry())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,23 +23,12 @@ from edge_sdk.outbox import Entry, Outbox
 from edge_sdk.params import unflatten
 from edge_sdk.signing import DeviceKey
 from edge_sdk.store import Residual, Store
+from edge_sdk.training import TrainResult
 from edge_sdk.types import Params, Spec
 
 log = logging.getLogger(__name__)
 
 Publish = Callable[[str, bytes], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Training:
-    """What a training brought, as far as an update tells it."""
-
-    delta: Path
-    """Flat little-endian float32, `local - base`."""
-    examples: int
-    steps: int
-    loss: float
-    seconds: float
 
 
 class Uploads:
@@ -60,7 +48,7 @@ class Uploads:
         self._task, self._key, self._store, self._outbox = task, key, store, outbox
         self._publish, self._failpoints, self._max_packet = publish, failpoints, max_packet
 
-    def submit(self, invite: Invite, trained: Training, bundle: Bundle) -> bytes:
+    def submit(self, invite: Invite, trained: TrainResult, bundle: Bundle) -> bytes:
         """Put the update of a round into the outbox and send it; return what a receipt calls it.
 
         Raises: CodecError when the delta is not finite or the codec unknown; StoreError when the

@@ -1,0 +1,467 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The thread that deals with the coordinator: frames in, session steps, actions out.
+
+Everything that happens (a frame, a connection, a finished training) is put into one queue; one
+thread takes it out, steps the pure session and does what it says. Nothing that the network sends
+ends this thread: what is wrong is counted and logged, seldom.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from edge_sdk import events as ev
+from edge_sdk import footprint, messages, topics
+from edge_sdk.conditions import Condition, Surroundings, always
+from edge_sdk.errand import Errand, budget
+from edge_sdk.errors import FedgeError, MessageError
+from edge_sdk.failpoints import Failpoints
+from edge_sdk.fetching import Fetching
+from edge_sdk.local import Local
+from edge_sdk.messages import Invite, Offer, Part, Receipt
+from edge_sdk.model import Model
+from edge_sdk.outbox import Outbox
+from edge_sdk.session import Session, Unreceipted, next_due, step
+from edge_sdk.signing import DeviceKey
+from edge_sdk.store import Store
+from edge_sdk.training import LocalTraining, TrainJob, TrainResult
+from edge_sdk.transport import Transport
+from edge_sdk.trust import Trust
+from edge_sdk.types import Clock
+from edge_sdk.uploads import Uploads
+
+log = logging.getLogger(__name__)
+
+CONDITIONS_POLL_S = 10.0
+STATUS_EVERY_S = 30.0
+STOP_PATIENCE_S = 3.0
+MAX_QUEUED_BYTES = 32 * 2**20
+LOG_BAD_EVERY_S = 60.0
+INVITES_KEPT = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What an agent is told once."""
+
+    task: str
+    name: str
+    sdk: str
+    boot: int
+    conditions: Condition = always
+    min_examples: int = 1
+    threads: int = 1
+    root: Path = Path("/")
+    pinned: bytes | None = None
+    """The one coordinator key to trust; without it, the first one seen."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """What has been done since the start."""
+
+    rounds: int = 0
+    receipts: Counter[str] = field(default_factory=Counter)
+    bad_frames: int = 0
+    child_peak_kib: int = 0
+    last_receipt: dict[str, Any] | None = None
+
+
+Thunk = Callable[[], list[ev.Event]]
+
+
+class Agent:
+    """One device's dealings with one task, in one thread."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        key: DeviceKey,
+        store: Store,
+        local: Local,
+        outbox: Outbox,
+        transport: Transport,
+        trainer: LocalTraining,
+        clock: Clock,
+        failpoints: Failpoints,
+        on_updated: Callable[[Model], None],
+    ) -> None:
+        self.tally = Tally()
+        self._settings, self._key, self._store, self._local = settings, key, store, local
+        self._outbox, self._transport = outbox, transport
+        self._clock, self._failpoints, self._on_updated = clock, failpoints, on_updated
+        self._uploads = Uploads(
+            task=settings.task,
+            key=key,
+            store=store,
+            outbox=outbox,
+            publish=transport.publish,
+            failpoints=failpoints,
+            max_packet=lambda: getattr(transport, "max_packet", messages.MAX_FRAME),
+        )
+        self._trust = Trust(store, settings.pinned)
+        self._session = self._first_session()
+        self._queue: queue.SimpleQueue[Thunk | None] = queue.SimpleQueue()
+        self._queued_bytes, self._queue_lock = 0, threading.Lock()
+        self._invites: dict[int, Invite] = {}
+        self._fetching = Fetching(settings.task, store, local, transport)
+        self._errand = Errand(trainer, store.train, self._on_trained)
+        self._trained: dict[int, TrainResult] = {}
+        self._in_training = ""  # weights that the child reads
+        self._conditions_at = self._status_at = self._bad_logged_at = float("-inf")
+        self._lapsed: tuple[str, ...] = ()
+        self._thread = threading.Thread(target=self._run, name="fedge-agent", daemon=True)
+
+    # --- from other threads -------------------------------------------------------------------
+    def start(self) -> None:
+        """Begin; the broker may come later."""
+        self._thread.start()
+        self._transport.subscribe(
+            topics.offer(self._settings.task),
+            topics.down_filter(self._settings.task, self._key.id),
+        )
+        self._transport.start(self._on_frame, self._on_state)
+
+    def poke(self) -> None:
+        """Look at the conditions again: there are new examples."""
+        self._queue.put(self._conditions)
+
+    def stop(self) -> None:
+        """End the training under way and the thread; at most a few seconds."""
+        self._queue.put(None)
+        self._errand.cancel()
+        if self._thread.is_alive():
+            self._thread.join(STOP_PATIENCE_S)
+        self._errand.cancel()  # what had begun meanwhile
+        self._errand.join(STOP_PATIENCE_S)
+
+    @property
+    def is_online(self) -> bool:
+        """Whether the broker has us."""
+        return self._session.is_online
+
+    @property
+    def state(self) -> str:
+        """One word for what the device does in this task: waiting, offline, idle, or a phase."""
+        session = self._session
+        if session.round is not None:
+            return session.round.phase.value
+        if session.model is None:
+            return "waiting"
+        return "idle" if session.is_online else "offline"
+
+    def status(self) -> dict[str, Any]:
+        """Return what ``fedge device status`` shows."""
+        session, counters, model = self._session, self._transport.counters, self._local.model
+        return {
+            "device": self._key.id,
+            "task": self._settings.task,
+            "state": self.state,
+            "online": session.is_online,
+            "version": model.version if model else None,
+            "bundle": model.bundle if model else None,
+            "model": model.weights if model else None,
+            "examples": self._local.examples,
+            "ready": session.is_ready,
+            "conditions_lapsed": list(self._lapsed),
+            "rounds": self.tally.rounds,
+            "receipts": dict(self.tally.receipts),
+            "last_receipt": self.tally.last_receipt,
+            "outbox": len(self._outbox),
+            "bad_frames": self.tally.bad_frames,
+            "bytes_up": counters.bytes_up,
+            "bytes_down": counters.bytes_down,
+            "messages_up": counters.messages_up,
+            "messages_down": counters.messages_down,
+            "dropped": counters.dropped,
+            "rss_peak_kib": footprint.peak_kib(),
+            "child_rss_peak_kib": self.tally.child_peak_kib,
+            "boot": self._settings.boot,
+        }
+
+    def _on_frame(self, topic: str, payload: bytes) -> None:
+        with self._queue_lock:
+            if self._queued_bytes + len(payload) > MAX_QUEUED_BYTES:
+                self.tally.bad_frames += 1  # it comes again: retained, or sent until answered
+                return
+            self._queued_bytes += len(payload)
+        arrived_at = self._clock.monotonic()
+        self._queue.put(lambda: self._received(topic, payload, arrived_at))
+
+    def _on_state(self, is_up: bool) -> None:
+        self._queue.put(self._connected if is_up else lambda: [ev.Disconnected()])
+
+    # --- the thread ---------------------------------------------------------------------------
+    def _run(self) -> None:
+        while self.turn(self._wait_s()):
+            pass
+        self._write_status()
+
+    def turn(self, timeout_s: float) -> bool:
+        """Act on the next thing in the queue, or on time alone; return False when told to stop."""
+        try:
+            thunk = self._queue.get(timeout=timeout_s)
+        except queue.Empty:
+            thunk = list
+        if thunk is None:
+            return False
+        self._step_all([ev.Tick(self._clock.monotonic()), *self._guarded(thunk)])
+        self._step_all(self._due())
+        return True
+
+    def _wait_s(self) -> float:
+        now = self._clock.monotonic()
+        due = [self._conditions_at + CONDITIONS_POLL_S, self._status_at + STATUS_EVERY_S]
+        if (at := next_due(self._session)) is not None:
+            due.append(at)
+        return min(max(min(due) - now, 0.02), CONDITIONS_POLL_S)
+
+    def _guarded(self, thunk: Thunk) -> list[ev.Event]:
+        try:
+            return thunk()
+        except MessageError as error:
+            self._bad(str(error))
+        except FedgeError as error:
+            log.warning("refused reason=%s", error)
+        except Exception:  # whatever a frame sets off, the app goes on
+            self.tally.bad_frames += 1
+            log.exception("unexpected failure, going on")
+        return []
+
+    def _due(self) -> list[ev.Event]:
+        now, events = self._clock.monotonic(), list[ev.Event]()
+        if now >= self._conditions_at + CONDITIONS_POLL_S:
+            events += self._conditions()
+        if now >= self._status_at + STATUS_EVERY_S:
+            self._write_status()
+        return events + self._fetching.look(now)
+
+    def _step_all(self, events: list[ev.Event]) -> None:
+        pending = deque(events)
+        while pending:
+            self._session, actions = step(self._session, pending.popleft())
+            for action in actions:
+                pending += self._guarded(partial(self._do, action))
+
+    # --- what comes in ------------------------------------------------------------------------
+    def _connected(self) -> list[ev.Event]:
+        topic = topics.status(self._key.id)
+        self._transport.publish(topic, hello(self._key, self._settings, online=True), retain=True)
+        self._fetching.tidy()
+        return [ev.Connected()]
+
+    def _received(self, topic: str, payload: bytes, arrived_at: float) -> list[ev.Event]:
+        with self._queue_lock:
+            self._queued_bytes -= len(payload)
+        message, signed = messages.decode(payload, topic)
+        self._trust.check(message, signed)
+        match message:
+            case Offer():
+                return [_offered(message)]
+            case Invite():
+                return self._invited(message, arrived_at)
+            case Receipt():
+                return self._receipted(message)
+            case Part():
+                return self._fetching.part(message, self._clock.monotonic())
+        raise MessageError(f"{type(message).__name__} is not for a device")
+
+    def _invited(self, invite: Invite, arrived_at: float) -> list[ev.Event]:
+        self._failpoints.reach("invited")
+        self._invites[invite.round] = invite
+        for old in sorted(self._invites)[:-INVITES_KEPT]:
+            del self._invites[old]
+        left_s = invite.deadline_s - (self._clock.monotonic() - arrived_at)
+        event = ev.Invited(invite.round, invite.version, invite.model, max(0.0, left_s))
+        return [*self._conditions(), event]
+
+    def _receipted(self, receipt: Receipt) -> list[ev.Event]:
+        log.info(
+            "receipt round=%d outcome=%s reason=%s", receipt.round, receipt.outcome, receipt.reason
+        )
+        self.tally.receipts[receipt.outcome] += 1
+        self.tally.last_receipt = {
+            "round": receipt.round,
+            "outcome": receipt.outcome,
+            "reason": receipt.reason,
+        }
+        self._failpoints.reach("on_receipt")
+        return [ev.Receipted(receipt.update, receipt.outcome, receipt.counted)]
+
+    def _conditions(self) -> list[ev.Event]:
+        self._conditions_at = self._clock.monotonic()
+        examples = self._local.examples
+        busy = self._settings.threads if self._in_training else 0
+        around = Surroundings(self._settings.root, examples, busy)
+        try:
+            lapsed = self._settings.conditions.lapsed(around)
+        except Exception:  # a condition is the app's code: its failure must not end ours
+            log.exception("a condition failed, taken as not holding")
+            lapsed = ("failed",)
+        if lapsed != self._lapsed:
+            log.info("conditions lapsed=%s", ",".join(lapsed) or "none")
+        self._lapsed = lapsed
+        return [ev.ConditionsChanged(not lapsed, examples)]
+
+    # --- what to do ---------------------------------------------------------------------------
+    def _do(self, action: ev.Action) -> list[ev.Event]:
+        match action:
+            case ev.CheckIn(call, ready, examples):
+                self._say("checkin", messages.CheckIn(call, ready, examples))
+            case ev.Fetch():
+                return self._fetching.begin(action, self._session.bundle, self._session.now)
+            case ev.SwitchModel():
+                return self._switch(action)
+            case ev.Train(round_):
+                return self._train(round_)
+            case ev.StopTraining():
+                self._errand.cancel()
+            case ev.Submit(round_):
+                return self._submit(round_)
+            case ev.Resend(update):
+                self._uploads.resend(update)
+            case ev.Drop(update, accepted):
+                self._uploads.settle(update, accepted=accepted)
+                self._write_status()
+        return []
+
+    def _say(self, kind: str, message: messages.Message) -> None:
+        topic = topics.up(self._settings.task, self._key.id, kind)
+        self._transport.publish(topic, messages.encode(message, self._key, topic))
+
+    def _switch(self, action: ev.SwitchModel) -> list[ev.Event]:
+        try:
+            model = self._local.switch(action.bundle, action.model, action.version)
+        except (FedgeError, ModuleNotFoundError) as error:
+            log.warning("model refused version=%d reason=%s", action.version, error)
+            return [ev.ModelRefused(action.bundle, action.model)]
+        log.info("model in use version=%d weights=%s", model.version, model.weights[:12])
+        self._store.forget_models({model.bundle, model.weights, self._in_training})
+        self._write_status()
+        try:
+            self._on_updated(model)
+        except Exception:  # the app's own code
+            log.exception("when_updated failed, going on")
+        return [ev.ModelReady(action.bundle, action.model, action.version)]
+
+    def _train(self, round_: int) -> list[ev.Event]:
+        model, invite, current = self._local.model, self._invites.get(round_), self._session.round
+        if model is None or invite is None or current is None:
+            return [ev.TrainFailed(round_)]
+        job = TrainJob(
+            bundle=self._store.bundle_path(model.bundle),
+            weights=self._store.weights_path(model.weights),
+            samples=self._local.samples_path,
+            budget=budget(invite, current.deadline_at - self._session.now),
+            seed=invite.seed,
+            threads=self._settings.threads,
+        )
+        log.info("training round=%d version=%d", round_, model.version)
+        self._in_training = model.weights
+        self._errand.begin(round_, job)
+        return []
+
+    def _on_trained(self, round_: int, result: TrainResult | str) -> None:
+        """Called from the training's thread."""
+        self._queue.put(partial(self._training_ended, round_, result))
+
+    def _training_ended(self, round_: int, result: TrainResult | str) -> list[ev.Event]:
+        self._in_training = ""
+        if isinstance(result, str):
+            log.warning("training failed round=%d reason=%s", round_, result)
+            return [ev.TrainFailed(round_)]
+        self._trained = {round_: result}
+        self.tally.child_peak_kib = max(self.tally.child_peak_kib, result.peak_bytes >> 10)
+        log.info(
+            "trained round=%d steps=%d seconds=%.1f loss=%.4f stopped_by=%s",
+            round_,
+            result.steps,
+            result.seconds,
+            result.loss,
+            result.stopped_by,
+        )
+        self._failpoints.reach("after_train")
+        return [ev.Trained(round_)]
+
+    def _submit(self, round_: int) -> list[ev.Event]:
+        result, invite, bundle = (
+            self._trained.pop(round_, None),
+            self._invites.get(round_),
+            self._local.bundle,
+        )
+        if result is None or invite is None or bundle is None:
+            return [ev.TrainFailed(round_)]
+        try:
+            update = self._uploads.submit(invite, result, bundle)
+        except FedgeError as error:
+            log.warning("update not made round=%d reason=%s", round_, error)
+            return [ev.TrainFailed(round_)]
+        finally:
+            self._store.clear_training()
+        self.tally.rounds += 1
+        return [ev.Sent(update, round_)]
+
+    # --- the rest -----------------------------------------------------------------------------
+    def _first_session(self) -> Session:
+        model = self._local.model
+        ready = None
+        if model is not None:
+            parts = bytes.fromhex(model.bundle), bytes.fromhex(model.weights)
+            ready = ev.ModelReady(*parts, model.version)
+        return Session(
+            min_examples=self._settings.min_examples,
+            now=self._clock.monotonic(),
+            bundle=ready.bundle if ready else b"",
+            weights=ready.model if ready else b"",
+            model=ready,
+            unreceipted=tuple(Unreceipted(w.update, w.round) for w in self._outbox),
+        )
+
+    def _bad(self, reason: str) -> None:
+        self.tally.bad_frames += 1
+        now = self._clock.monotonic()
+        if now >= self._bad_logged_at + LOG_BAD_EVERY_S:
+            self._bad_logged_at = now
+            log.warning("frame refused total=%d reason=%s", self.tally.bad_frames, reason)
+
+    def _write_status(self) -> None:
+        self._status_at = self._clock.monotonic()
+        try:
+            self._store.write_status(self.status())
+        except FedgeError as error:
+            log.warning("status not written reason=%s", error)
+
+
+def hello(key: DeviceKey, settings: Settings, *, online: bool) -> bytes:
+    """Return a device's signed status message."""
+    status = messages.Status(
+        device=key.id,
+        key=key.public,
+        online=online,
+        boot=settings.boot,
+        name=settings.name or key.id,
+        sdk=settings.sdk,
+    )
+    return messages.encode(status, key, topics.status(key.id))
+
+
+def _offered(offer: Offer) -> ev.Offered:
+    return ev.Offered(
+        call=offer.call,
+        round=offer.round,
+        version=offer.version,
+        bundle=offer.bundle,
+        model=offer.model,
+        bundle_size=offer.bundle_size,
+        model_size=offer.model_size,
+        is_open=offer.state == "open",
+    )

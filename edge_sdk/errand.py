@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One round's training, waited for in a thread of its own while the agent goes on listening."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from edge_sdk.errors import FedgeError
+from edge_sdk.messages import Invite
+from edge_sdk.training import Budget, LocalTraining, TrainJob, TrainResult
+
+SHARE_OF_DEADLINE = 0.8  # training ends by then, so that its update can still be counted
+DEFAULT_BATCH = 32
+
+Ended = Callable[[int, TrainResult | str], None]
+
+
+class Errand:
+    """Runs one training at a time; `ended` is called with its result, or why there is none."""
+
+    def __init__(self, trainer: LocalTraining, folder: Path, ended: Ended) -> None:
+        self._trainer, self._folder, self._ended = trainer, folder, ended
+        self._cancel = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def begin(self, round_: int, job: TrainJob) -> None:
+        """Start training; the delta goes to this errand's folder."""
+        self._cancel = threading.Event()
+        job = replace(job, out=self._folder / f"{round_}.delta.bin")
+        work = (round_, job, self._cancel)
+        self._thread = threading.Thread(
+            target=self._run, args=work, name="fedge-training", daemon=True
+        )
+        self._thread.start()
+
+    def cancel(self) -> None:
+        """Ask the training under way to end."""
+        self._cancel.set()
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for it to end."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+
+    def _run(self, round_: int, job: TrainJob, cancel: threading.Event) -> None:
+        try:
+            self._ended(round_, self._trainer.train(job, cancel))
+        except (FedgeError, OSError, ValueError, TypeError) as error:
+            self._ended(round_, " ".join(str(error).split()))
+
+
+def budget(invite: Invite, left_s: float) -> Budget:
+    """Return the invitation's budget, with an end in time for the update to count."""
+    seconds = max(1.0, SHARE_OF_DEADLINE * left_s)
+    return Budget(
+        epochs=invite.epochs,
+        steps=invite.steps,
+        seconds=seconds if invite.seconds is None else min(seconds, invite.seconds),
+        batch=invite.batch or DEFAULT_BATCH,
+        lr=invite.lr,
+        mu=invite.mu or 0.0,
+    )
