@@ -32,9 +32,9 @@ def raw_data_places(model: bytes) -> dict[str, Place]:
         for kind, tensor in _fields(model, graph):
             if kind == _INITIALIZER:
                 parts = dict(_fields(model, tensor))
-                if _RAW_DATA in parts:
+                if _RAW_DATA in parts and _NAME in parts:
                     name = parts[_NAME]
-                    text = model[name.offset : name.offset + name.size].decode()
+                    text = model[name.offset : name.offset + name.size].decode(errors="replace")
                     places[text] = parts[_RAW_DATA]
     return places
 
@@ -43,27 +43,29 @@ def _fields(data: bytes, where: Place) -> Iterator[tuple[int, Place]]:
     """Yield (field number, place of the value) of each length-delimited field, skipping others."""
     at, end = where.offset, where.offset + where.size
     while at < end:
-        key, at = _varint(data, at)
-        kind = key & 7
+        key, at = _varint(data, at, end)
+        kind, start = key & 7, at
         if kind == _VARINT:
-            _, at = _varint(data, at)
+            _, at = _varint(data, at, end)
         elif kind == _BYTES:
-            size, at = _varint(data, at)
-            yield key >> 3, Place(at, size)
-            at += size
+            size, start = _varint(data, at, end)
+            at = start + size
         elif kind in (_FIXED32, _FIXED64):
             at += 4 if kind == _FIXED32 else 8
         else:
             raise CompileError(f"expected a protobuf message, got wire type {kind} at byte {at}")
-    if at != end:
-        raise CompileError(f"expected a protobuf field to end at byte {end}, it ends at {at}")
+        if at > end:
+            raise CompileError(f"expected a protobuf field to end by byte {end}, it ends at {at}")
+        if kind == _BYTES:
+            yield key >> 3, Place(start, at - start)
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
+def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
     value = shift = 0
-    while True:
+    while at < end and shift < 64:
         byte = data[at]
         value |= (byte & 0x7F) << shift
         at, shift = at + 1, shift + 7
         if byte < 0x80:
             return value, at
+    raise CompileError(f"expected a protobuf number that ends by byte {end}")
