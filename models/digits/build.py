@@ -74,7 +74,7 @@ def pretrain(model: onnx.ModelProto, rows: Rows, seed: int = 0) -> onnx.ModelPro
     import onnx
 
     from coordinator.compiler import build, export, momentum
-    from edge_sdk import Trainer
+    from edge_sdk.trainer import Trainer
 
     bundle = build(model, loss="cross_entropy", train="all", optimizer=momentum(DECAY, lr=LR))
     trainer = Trainer(bundle, seed=seed)

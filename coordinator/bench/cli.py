@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fedge bench`: measure on this machine, next to the rivals where they are installed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+EXAMPLES = """examples:
+  fedge bench step                           all four models, next to torch where it is installed
+  fedge bench step --model dscnn --json      one of them, for machines
+  fedge bench step --model mine.onnx         your own
+  fedge bench step --device                  memory of a device: the application and its training
+  fedge bench codec                          bytes and milliseconds of an update
+  fedge bench aggregate                      updates folded per second"""
+MODELS = ("dscnn", "resnet8", "mobilenet", "autoencoder")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one measurement; returns the exit code."""
+    args = _parser().parse_args(argv)
+    results = args.run(args)
+    if args.json:
+        print(json.dumps(results, indent=2))
+    else:
+        print(_table(results))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fedge bench",
+        description="Measure fedge on this machine; rivals run in the same minutes, in turn.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    kinds = parser.add_subparsers(required=True, metavar="step|codec|aggregate")
+    step = _kind(kinds, "step", "one training step, next to torch in eager mode", _step)
+    step.add_argument("--model", help="a recipe's name or an ONNX file (the four of MLPerf Tiny)")
+    step.add_argument("--loss", help="of a model from a file (cross_entropy)")
+    step.add_argument("--batch", type=int, default=16, help="rows of a step (16)")
+    step.add_argument("--threads", type=int, default=2, help="of both sides (2)")
+    step.add_argument("--repeat", type=int, default=15, help="turns of ten steps each (15)")
+    step.add_argument("--device", action="store_true", help="memory of a device instead of time")
+    _kind(kinds, "codec", "encode and decode updates", _codec)
+    _kind(kinds, "aggregate", "decode and fold updates", _aggregate)
+    return parser
+
+
+def _kind(
+    kinds: Any, name: str, about: str, run: Callable[[argparse.Namespace], list[Mapping[str, Any]]]
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = kinds.add_parser(name, help=about, description=about)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _step(args: argparse.Namespace) -> list[Mapping[str, Any]]:
+    if args.device:
+        from coordinator.bench import device
+
+        return [device.measure(args.model or "dscnn")]
+    from coordinator.bench import step
+
+    models = [args.model] if args.model else MODELS
+    settings = {"batch": args.batch, "threads": args.threads, "repeat": args.repeat}
+    return [step.measure(model, loss=args.loss, **settings) for model in models]
+
+
+def _codec(args: argparse.Namespace) -> list[Mapping[str, Any]]:
+    del args
+    from coordinator.bench import codec
+
+    return codec.measure()
+
+
+def _aggregate(args: argparse.Namespace) -> list[Mapping[str, Any]]:
+    del args
+    from coordinator.bench import aggregate
+
+    return aggregate.measure()
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Lay results out: a column each, or a line each where there is one result of many fields."""
+    if len(rows) == 1:
+        width = max(len(name) for name in rows[0])
+        return "\n".join(f"{name:<{width}}  {_cell(value)}" for name, value in rows[0].items())
+    names = list(rows[0])
+    cells = [names, *[[_cell(row.get(name)) for name in names] for row in rows]]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in cells]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
