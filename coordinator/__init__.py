@@ -1,2 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The coordinator daemon and the workstation tools."""
+"""The coordinator daemon and the workstation tools.
+
+Names load on first use: importing `coordinator` loads neither numpy, paho nor sqlite.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from coordinator import pacing as pacing
+    from coordinator import strategy as strategies
+    from coordinator.desk import RoundResult as RoundResult
+    from coordinator.service import Coordinator as Coordinator
+    from coordinator.strategy import fedadam as fedadam
+    from coordinator.strategy import fedavg as fedavg
+    from coordinator.strategy import fedavgm as fedavgm
+    from coordinator.strategy import fedyogi as fedyogi
+    from coordinator.task import Task as Task
+
+_FROM = {
+    "Coordinator": "service",
+    "RoundResult": "desk",
+    "Task": "task",
+    "fedadam": "strategy",
+    "fedavg": "strategy",
+    "fedavgm": "strategy",
+    "fedyogi": "strategy",
+}
+
+__all__ = [
+    "Coordinator",
+    "RoundResult",
+    "Task",
+    "fedadam",
+    "fedavg",
+    "fedavgm",
+    "fedyogi",
+    "pacing",
+    "strategies",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "strategies":
+        return import_module("coordinator.strategy")
+    if name == "pacing":
+        return import_module("coordinator.pacing")
+    if name in _FROM:
+        return getattr(import_module(f"coordinator.{_FROM[name]}"), name)
+    raise AttributeError(f"module 'coordinator' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 from typing import Literal
@@ -81,8 +82,10 @@ class Publisher:
         await self._send(topics.down(desk.task.name, device, "receipt"), receipt)
 
     async def _parts(self, desk: Desk, parts: list[Part]) -> None:
-        for part in parts:
-            await self._send(topics.part(desk.task.name, part.what, part.index), part, retain=True)
+        name = desk.task.name
+        await asyncio.gather(
+            *(self._send(topics.part(name, p.what, p.index), p, retain=True) for p in parts)
+        )
 
     async def _send(self, topic: str, message: Message, *, retain: bool = False) -> None:
         frame = encode(message, self._signer, topic)

@@ -16,6 +16,9 @@ from edge_sdk.bundle import Bundle
 from edge_sdk.errors import CodecError, ConfigError, MessageError
 from edge_sdk.types import Spec
 
+HEADROOM = 2e9
+"""Of `max_norm * max_examples`: sixteen updates at both limits still fit the int64 sum."""
+
 
 @dataclass(frozen=True, slots=True)
 class Task:
@@ -65,6 +68,11 @@ class Task:
             _check_whole(self, name)
         for name in ("seconds", "lr", "mu", "max_norm"):
             _check_real(self, name)
+        if self.max_norm * self.max_examples > HEADROOM:
+            raise ConfigError(
+                f"task {self.name}: expected max_norm * max_examples up to {HEADROOM:.0e} (the "
+                f"integer sum's room), got {self.max_norm:g} * {self.max_examples}"
+            )
         if self.epochs is None and self.steps is None and self.seconds is None:
             raise ConfigError(f"task {self.name}: expected epochs, steps or seconds, got none")
         if self.late not in ("fold", "refuse"):

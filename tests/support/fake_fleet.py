@@ -50,6 +50,7 @@ class FakeDevice:
         self.offers: dict[str, Offer] = {}
         self.invites: list[tuple[str, Invite]] = []
         self.receipts: list[Receipt] = []
+        self.outbox: dict[bytes, tuple[str, bytes]] = {}
         self.parts: dict[tuple[str, str, int], messages.Part] = {}
 
     def start(self) -> None:
@@ -99,7 +100,9 @@ class FakeDevice:
     def report(self, number: int | None = None, task: str = "t", **changes: Any) -> bytes:
         """Send an update; return its frame."""
         topic = topics.up(task, self.id, "update")
-        return self.send(self.update(number, task, **changes), topic)
+        frame = self.send(self.update(number, task, **changes), topic)
+        self.outbox[messages.Signed(frame, topic).id] = (topic, frame)
+        return frame
 
     def report_in_chunks(self, packet: int = 700, task: str = "t") -> list[bytes]:
         """Send an update in small chunks, the last first."""
@@ -121,12 +124,15 @@ class FakeDevice:
                 self.offers[task] = message
                 if is_new and self.checks_in and message.state == "open":
                     self.check_in(task)
+                for waiting in self.outbox.values() if is_new else ():
+                    self.transport.publish(*waiting)
             case Invite():
                 assert signed.by(self.offers[task].key)
                 self.invites.append((task, message))
             case Receipt():
                 assert signed.by(self.offers[task].key)
                 self.receipts.append(message)
+                self.outbox.pop(message.update, None)
             case messages.Part():
                 self.parts[task, message.what, message.index] = message
 

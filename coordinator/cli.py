@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fedge coordinator`: run the daemon, check its configuration, read its store."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from edge_sdk.errors import ConfigError
+
+RUN = "example: fedge coordinator run --config coordinator.toml"
+CHECK = "example: fedge coordinator check --config coordinator.toml"
+READ = "example: fedge coordinator {name} --config coordinator.toml --json"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `fedge coordinator ARGV`; return the exit code."""
+    args = _parser().parse_args(list(argv))
+    command: Callable[[argparse.Namespace], int] = args.command
+    return command(args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fedge coordinator", description="Fold what many devices learn into the next model.",
+        epilog=RUN,
+    )  # fmt: skip
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    run = commands.add_parser("run", help="train the configured tasks until stopped", epilog=RUN)
+    run.add_argument("--config", required=True, help="coordinator.toml")
+    run.add_argument("--log", default="info", choices=("debug", "info", "warning", "error"))
+    run.add_argument(
+        "--exit-when-done", action="store_true", help="stop once every task is at its last version"
+    )
+    run.set_defaults(command=_run)
+    check = commands.add_parser(
+        "check", help="read the configuration and its bundles, start nothing", epilog=CHECK
+    )
+    check.add_argument("--config", required=True, help="coordinator.toml")
+    check.add_argument("--json", action="store_true", help="for machines")
+    check.set_defaults(command=_check)
+    _reader(commands, "fleet", "list the devices ever seen", _fleet)
+    _reader(commands, "rounds", "list the rounds and how they ended", _rounds)
+    _reader(commands, "models", "list the versions of each task", _models)
+    return parser
+
+
+def _reader(
+    commands: Any, name: str, about: str, command: Callable[[argparse.Namespace], int]
+) -> None:
+    parser = commands.add_parser(name, help=about, epilog=READ.format(name=name))
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--config", help="coordinator.toml, for the place of its store")
+    where.add_argument("--store", help="the store's folder")
+    if name != "fleet":
+        parser.add_argument("--task", help="only this task")
+    parser.add_argument("--json", action="store_true", help="for machines")
+    parser.set_defaults(command=command)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from coordinator import config, daemon
+
+    settings = config.load(args.config)
+    daemon.configure_logging(args.log)
+    return daemon.run(settings, exit_when_done=args.exit_when_done)
+
+
+def _check(args: argparse.Namespace) -> int:
+    from coordinator import config
+
+    settings = config.load(args.config)
+    settings.password()
+    if settings.ca_file is not None and not settings.ca_file.is_file():
+        raise ConfigError(f"ca_file {settings.ca_file}: there is no such file")
+    rows = []
+    for task, pace in settings.tasks:
+        bundle = task.load()
+        rows.append(
+            {
+                "task": task.name,
+                "bundle": bundle.digest,
+                "parameters": sum(p.size for p in bundle.params().values()),
+                "strategy": task.strategy.name,
+                "cohort": pace.cohort,
+                "quorum": pace.quorum,
+                "deadline_s": pace.deadline_s,
+            }
+        )
+    _show(rows, args.json, ("task", "parameters", "strategy", "cohort", "quorum", "deadline_s"))
+    if not args.json:
+        print(f"{args.config} is sound; broker {settings.broker.rpartition('@')[2]}")
+    return 0
+
+
+def _fleet(args: argparse.Namespace) -> int:
+    from coordinator import ledger
+
+    rows = ledger.fleet(_store(args))
+    _show(rows, args.json, ("id", "name", "sdk", "online", "updates", "last_seen"))
+    return 0
+
+
+def _rounds(args: argparse.Namespace) -> int:
+    from coordinator import ledger
+
+    rows = ledger.rounds(_store(args), args.task)
+    _show(
+        rows,
+        args.json,
+        ("task", "number", "outcome", "version", "reported", "left", "stragglers", "late", "loss"),
+        {"loss": lambda row: row.get("metrics", {}).get("loss")},
+    )
+    return 0
+
+
+def _models(args: argparse.Namespace) -> int:
+    from coordinator import ledger
+
+    rows = ledger.models(_store(args), args.task)
+    _show(rows, args.json, ("task", "version", "round", "digest", "made_at"))
+    return 0
+
+
+def _store(args: argparse.Namespace) -> Path:
+    if args.store is not None:
+        return Path(args.store)
+    from coordinator import config
+
+    return config.load(args.config).store
+
+
+def _show(
+    rows: list[dict[str, Any]],
+    as_json: bool,
+    columns: Sequence[str],
+    derived: dict[str, Callable[[dict[str, Any]], Any]] | None = None,
+) -> None:
+    """Print rows as JSON or as a table; a list is shown by its length."""
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    ways = derived or {}
+    table = [
+        [_cell(ways[name](row) if name in ways else row.get(name)) for name in columns]
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(columns, *table, strict=True)]
+    for line in [list(columns), *table]:
+        print("  ".join(cell.ljust(n) for cell, n in zip(line, widths, strict=True)).rstrip())
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return str(len(value))
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "-" if value is None else str(value)
