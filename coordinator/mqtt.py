@@ -186,16 +186,17 @@ class Mqtt:
     # --- connecting ----------------------------------------------------------------------------
     async def _run(self, first: asyncio.Future[None]) -> None:
         while True:
+            tried = self._redial.version
             error = await self._connection(first)
-            wait_s = self._down(error)
-            is_other_version = error.cause in {"silent", "version"} and self._redial.version == 4
-            if self._patient and not first.done():
-                first.set_result(None)
-            elif not first.done():
-                wait_s = 0.0
-                if not is_other_version:
+            wait_s = self._redial.failed(error, time.monotonic())
+            if not first.done() and not self._patient:
+                if self._redial.version >= tried:  # there is no older version left to try
                     first.set_exception(error)
                     return
+                wait_s = 0.0
+            elif not first.done():
+                first.set_result(None)
+            self._down(error, wait_s)
             await asyncio.sleep(wait_s)
 
     async def _connection(self, first: asyncio.Future[None]) -> LinkError:
@@ -235,7 +236,7 @@ class Mqtt:
                     await self._turned.wait()
             self._turned.clear()
 
-    def _down(self, error: LinkError) -> float:
+    def _down(self, error: LinkError, wait_s: float) -> None:
         self._waiting = dict.fromkeys([*self._under_way.values(), *self._waiting])
         self._under_way.clear()
         self.unacked = 0
@@ -245,10 +246,8 @@ class Mqtt:
         while self._inbox.qsize() > self._hello.receive_maximum:  # these will come again
             self._inbox.get_nowait()
         self.error = error
-        wait_s = self._redial.failed(error, time.monotonic())
         level = logging.WARNING if self._redial.is_news else logging.DEBUG
         log.log(level, "mqtt is down, next try in %.1f s: %s", wait_s, error)
-        return wait_s
 
     async def _stop(self) -> None:
         if self._task is not None:

@@ -273,11 +273,10 @@ def _explained(error: Exception, endpoint: Endpoint) -> LinkError:
             " give the file of its CA as ca_file, and the host name that it was made for",
             "tls",
         )
-    if isinstance(error, ssl.SSLError):
-        return LinkError(
-            f"no TLS with {endpoint} ({error.reason or error}): is it a TLS port? mqtt:// has none",
-            "tls",
-        )
+    hung_up = isinstance(error, ConnectionResetError | BrokenPipeError | ssl.SSLEOFError)
+    if isinstance(error, ssl.SSLError) or (hung_up and endpoint.tls):
+        why = "is it a TLS port? mqtt:// has none"
+        return LinkError(f"no TLS with {endpoint} ({_reason(error)}): {why}", "tls")
     if isinstance(error, net.gaierror):
         return LinkError(f"the name {endpoint.host} does not resolve: correct the URL", "absent")
     if isinstance(error, TimeoutError):
@@ -286,4 +285,8 @@ def _explained(error: Exception, endpoint: Endpoint) -> LinkError:
         )
     if isinstance(error, ConnectionRefusedError):
         return LinkError(f"no broker listens at {endpoint}: start it or correct the URL", "absent")
-    return LinkError(f"cannot reach {endpoint}: {error}", "absent")
+    return LinkError(f"cannot reach {endpoint}: {_reason(error)}", "absent")
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "reason", None) or getattr(error, "strerror", None) or error)

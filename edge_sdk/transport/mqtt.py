@@ -85,9 +85,7 @@ class Mqtt:
         self._link: Link | None = None
         self._is_told_up = False
         self._refused = ""
-        self._heard, self._doorbell = socket.socketpair()
-        for end in (self._heard, self._doorbell):
-            end.settimeout(0)
+        self._doorbell: socket.socket | None = None  # wakes the thread
         self._on_message: Callable[[str, bytes], None] = lambda _topic, _payload: None
         self._on_state: Callable[[bool], None] = lambda _is_up: None
 
@@ -97,8 +95,11 @@ class Mqtt:
     ) -> None:
         """Begin; the broker may come later. The callbacks run in this transport's thread."""
         self._on_message, self._on_state = on_message, on_state
+        heard, self._doorbell = socket.socketpair()
+        heard.settimeout(0)
+        self._doorbell.settimeout(0)
         name = f"fedge-mqtt-{self._hello.client_id}"
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(heard,), name=name, daemon=True)
         self._thread.start()
 
     @property
@@ -142,9 +143,7 @@ class Mqtt:
         self._closing.set()
         self._ring()
         if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(ANSWER_S + GOODBYE_S)
-        if self._thread is None:
-            self._hang_up()
+            self._thread.join(2 * ANSWER_S + GOODBYE_S)
 
     def probe(self) -> None:
         """Connect once, beside any running connection, and disconnect.
@@ -161,20 +160,16 @@ class Mqtt:
         return None
 
     # --- the thread ----------------------------------------------------------------------------
-    def _run(self) -> None:
-        try:
+    def _run(self, heard: socket.socket) -> None:
+        with heard:
             while not self._closing.is_set():
-                error = self._connection()
+                error = self._connection(heard)
                 if error is not None:
                     self._closing.wait(self._down(error))
-        finally:
-            self._hang_up()
+        if self._doorbell is not None:
+            self._doorbell.close()
 
-    def _hang_up(self) -> None:
-        self._heard.close()
-        self._doorbell.close()
-
-    def _connection(self) -> LinkError | None:
+    def _connection(self, heard: socket.socket) -> LinkError | None:
         """Live through one connection; return why it ended, or None if we ended it."""
         link = Link(
             self.endpoint,
@@ -185,7 +180,7 @@ class Mqtt:
         try:
             link.open()
             self._link = link
-            with _watch(link, self._heard) as wait:
+            with _watch(link, heard) as wait:
                 self._serve(link, wait)
         except LinkError as error:
             return error
@@ -303,6 +298,8 @@ class Mqtt:
         link.close()
 
     def _ring(self) -> None:
+        if self._doorbell is None:
+            return
         with contextlib.suppress(OSError):  # full: it rings already; closed: nobody listens
             self._doorbell.send(b"\0")
 

@@ -32,6 +32,7 @@ class Redial:
         self.low_s, self.high_s, self._rng = low_s, high_s, rng
         self.version = version
         """The version of MQTT to try next: 5, or 4 for 3.1.1."""
+        self._may_switch = version == 5
         self.failures = 0
         self.is_news = True
         """Whether the next failure is worth a warning: it differs from the last one."""
@@ -51,7 +52,9 @@ class Redial:
         if error.cause == "version" and self.version == 5:
             self.version = 4
             return 0.0
-        if error.cause == "silent":  # some brokers hang up on a version that they do not know
+        if (
+            error.cause == "silent" and self._may_switch
+        ):  # some brokers hang up on a version that they do not know
             self.version = 9 - self.version
         if error.cause == "auth":
             return self._rng.uniform(self.high_s / 2, self.high_s)
