@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from check_grads import Case, Gradient, assert_close, outputs_of, upstream_for
+from check_grads import Case, Gradient, assert_close, upstream_for
 from grad_cases import CASES
 
 torch = pytest.importorskip("torch", reason="the oracle group is not installed: torch is missing")
@@ -116,11 +116,10 @@ KNOWN = [case for case in CASES if _comparable(case)]
 
 @pytest.mark.parametrize("case", KNOWN, ids=[case.title for case in KNOWN])
 def test_torch_agrees(case: Case) -> None:
-    upstream = upstream_for(case, outputs_of(case))
-    outs, grads = Gradient(case, dynamic=True)(case.inputs, upstream)
+    upstream = upstream_for(case)
+    grads = Gradient(case, dynamic=True)(case.inputs, upstream)
     leaves = [torch.tensor(x, requires_grad=i in case.wrt) for i, x in enumerate(case.inputs)]
     expected = TORCH[case.op](dict(case.attributes), *leaves)
-    assert_close(outs[0], expected.detach().numpy(), 1e-5)
     expected.backward(torch.tensor(upstream[0]))
     for index, got in zip(case.wrt, grads, strict=True):
         assert_close(got, leaves[index].grad.numpy(), 1e-5)
