@@ -82,6 +82,47 @@ def drop_requantize(graph: Graph, leaves: Sequence[str]) -> Graph:
     return replace(graph, nodes=tuple(kept))
 
 
+def quantize_late(graph: Graph, leaves: Sequence[str]) -> Graph:
+    """Move a quantize-dequantize pair past what only moves numbers, pooling first.
+
+    Rounding is monotone, so the largest of the rounded is the rounded largest; the pair then works
+    on fewer numbers, and the runtime pools floats, which it does much faster than integers.
+
+    Requires: nodes in topological order. Ensures: the same numbers, where gradients flow.
+    """
+    learning = _downstream(graph, leaves)
+    outputs = {value.name for value in graph.outputs}
+    nodes = {node.outputs[0]: node for node in graph.nodes}  # in order; replaced as pairs move
+    for out, node in list(nodes.items()):
+        back = nodes.get(node.input(0))
+        if node.kind not in _MOVES or len(node.outputs) > 1 or back is None:
+            continue
+        there = nodes.get(back.inputs[0])
+        is_pair = back.kind == "DequantizeLinear" and there and there.kind == "QuantizeLinear"
+        only = [len(graph.uses.get(name, ())) == 1 for name in back.inputs[:1] + back.outputs]
+        if not is_pair or not all(only) or outputs & {*back.outputs, *back.inputs[:1]}:
+            continue
+        if there is None or there.inputs[0] not in learning:
+            continue
+        moved, q = f"{out}.moved", there.outputs[0]
+        learning.add(moved)
+        for name in (q, back.outputs[0], out):
+            del nodes[name]
+        nodes[moved] = replace(node, inputs=(there.inputs[0], *node.inputs[1:]), outputs=(moved,))
+        nodes[q] = replace(there, inputs=(moved, *there.inputs[1:]))
+        nodes[out] = replace(back, outputs=(out,))
+    return replace(graph, nodes=tuple(nodes.values())).sorted()
+
+
+def _downstream(graph: Graph, leaves: Sequence[str]) -> set[str]:
+    """Return every tensor that depends on a leaf."""
+    found = set(leaves)
+    for node in graph.nodes:
+        if found.intersection(node.inputs):
+            found.update(node.outputs)
+    return found
+
+
 def _sides(
     e: Emit, master: str, scheme: Quantized, axes: str | None, room: tuple[Any, Any]
 ) -> list[str]:

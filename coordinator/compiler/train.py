@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 import coordinator.compiler.rules  # noqa: F401  fills the table of gradients
-from coordinator.compiler.dequant import drop_requantize, quantized_master
+from coordinator.compiler.dequant import drop_requantize, quantize_late, quantized_master
 from coordinator.compiler.emit import Emit
 from coordinator.compiler.graph import Graph, Value
 from coordinator.compiler.losses import Loss
@@ -65,7 +65,7 @@ def open_weights(graph: Graph, weights: Sequence[Weight], logits: str) -> Open:
     inputs = ["x", *(f"p.{i}" for i in range(len(weights)))]
     whole = _aliased(e.graph(outputs=[logits], inputs=inputs), alias)
     ready = simplify(_keeping(whole, leaves).sorted())
-    ready = drop_unused(drop_requantize(ready, leaves))
+    ready = quantize_late(drop_unused(drop_requantize(ready, leaves)), leaves)
     ready = replace(ready, outputs=ready.outputs[:1]).inferred()
     return Open(ready, logits, tuple(leaves), tuple((w.name, w.value.shape) for w in weights))
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from coordinator.compiler.emit import Emit
 from coordinator.compiler.graph import Node
-from coordinator.compiler.rules.elementwise import above, below
+from coordinator.compiler.rules.activations import above, below
 from coordinator.compiler.vjp import Grads, vjp
 from edge_sdk.errors import CompileError
 
@@ -29,6 +29,11 @@ def _quantize(e: Emit, n: Node, g: str) -> Grads:
         raise CompileError(f"expected per-tensor or per-axis scales in {n.label}, got blocks")
     dtype = e.dtype(n.outputs[0]) or np.dtype(np.uint8)
     low, high = (float(v) for v in (np.iinfo(dtype).min, np.iinfo(dtype).max))
+    step, point = e.value(scale), e.value(zero) if zero else np.zeros((), dtype)
+    if step is not None and point is not None and step.size == point.size == 1:
+        size, at = float(step.reshape(())), float(point.reshape(()))
+        edges = (low - at - 0.5) * size, (high - at + 0.5) * size
+        return (e.Mul(g, e.Mul(above(e, x, edges[0]), below(e, x, edges[1]))),)
     along = n.attr("axis", 1) % max(e.rank(x), 1)
     steps = e.Div(x, _aligned(e, scale, x, along))
     shift = e.value(zero) if zero else np.zeros((), dtype)
