@@ -179,29 +179,28 @@ def _check_fit(count: int, update: Lattice, weight: int) -> None:
 
 
 def _fixed(update: Lattice, weight: int) -> tuple[NDArray[np.int64], int]:
-    """Return the update's integers in the sum's units, and the largest of them, as if positive."""
+    """Return the update's integers in the sum's units, and a bound on the largest of them."""
     if not update.q.size:
         return np.zeros(0, np.int64), 0
     top = max(int(update.q.max()), -int(update.q.min()))
     factor, shift = _factor(update.step, weight)
-    if shift >= 0 or top * factor > CEILING >> 1:
-        # either a whole multiple, or so large that the factor itself is rounded
-        return _large(update, top, factor, shift)
-    values = update.q.astype(np.int64)
-    values *= factor
-    values += 1 << (-shift - 1)
-    values >>= -shift
-    return values, (top * factor >> -shift) + 1
-
-
-def _large(update: Lattice, top: int, factor: int, shift: int) -> tuple[NDArray[np.int64], int]:
-    whole = factor << shift if shift >= 0 else (factor + (1 << (-shift - 1))) >> -shift
+    drop = min(-shift, (top * factor).bit_length() - 62)
+    if drop > 0:  # finer than an int64 holds; the steps that codecs write are not
+        factor, shift = (factor + (1 << drop >> 1)) >> drop, shift + drop
+    whole, below = factor << max(shift, 0), max(-shift, 0)
     if top * whole > CEILING:
         raise AccumulatorFull(
             f"expected changes that fit a sum below 2**63, got up to {top * update.step:g}: "
             "refuse the update"
         )
-    return update.q.astype(np.int64) * whole, top * whole
+    if below > 62:  # less than half a unit each
+        return np.zeros(update.q.size, np.int64), 0
+    values = update.q.astype(np.int64)
+    values *= whole
+    if below:
+        values += 1 << (below - 1)
+        values >>= below
+    return values, (top * whole >> below) + (below > 0)
 
 
 def _factor(step: float, weight: int) -> tuple[int, int]:

@@ -103,11 +103,7 @@ def size_of_rice(values: Ints, width: int) -> int:
 
 def pack_rice(values: Ints, width: int) -> bytes:
     """Rice-code non-negative values: the width, the low bits, then all quotients in unary."""
-    quotients = values >> width
-    ends = np.cumsum(quotients) + np.arange(values.size)
-    flags = np.zeros(int(ends[-1]) + 1 if values.size else 0, np.bool_)
-    flags[ends] = True
-    return bytes([width]) + pack_fixed(values, width) + pack_flags(flags)
+    return bytes([width]) + pack_fixed(values, width) + pack_ends(values >> width)
 
 
 def unpack_rice(data: bytes, count: int, limit: int) -> tuple[Ints, Ints, int]:
@@ -124,11 +120,27 @@ def unpack_rice(data: bytes, count: int, limit: int) -> tuple[Ints, Ints, int]:
     unary = data[1 + low_size :]
     if len(unary) > size_of_flags(count + (limit >> width)):
         raise CodecError(f"expected Rice codes that sum to at most {limit}, got more")
-    bits = np.unpackbits(np.frombuffer(unary, np.uint8), bitorder="little")
-    ends = np.flatnonzero(bits.view(np.bool_))
-    if ends.size != count or (count and int(ends[-1]) < bits.size - 8) or (unary and not count):
-        raise CodecError(f"expected {count} Rice codes, got {ends.size}; the body is damaged")
-    return ends, unpack_fixed(data[1 : 1 + low_size], count, width), width
+    return unpack_ends(unary, count), unpack_fixed(data[1 : 1 + low_size], count, width), width
+
+
+def pack_ends(quotients: Ints) -> bytes:
+    """Write non-negative integers in unary: as many zeros, then a one."""
+    ends = np.cumsum(quotients) + np.arange(quotients.size)
+    flags = np.zeros(int(ends[-1]) + 1 if ends.size else 0, np.bool_)
+    flags[ends] = True
+    return pack_flags(flags)
+
+
+def unpack_ends(unary: bytes, count: int) -> Ints:
+    """Return where the ones of a unary stream stand.
+
+    Raises: CodecError when there are not exactly `count`, or the last byte holds none.
+    """
+    flags = np.unpackbits(np.frombuffer(unary, np.uint8), bitorder="little").view(np.bool_)
+    ones = int(np.count_nonzero(flags))
+    if ones != count or (unary and not unary[-1]):
+        raise CodecError(f"expected {count} unary codes, got {ones}; the body is damaged")
+    return cast("Ints", np.flatnonzero(flags))
 
 
 def unpack_rice_values(data: bytes, count: int, limit: int) -> Ints:

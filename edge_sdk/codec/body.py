@@ -25,8 +25,8 @@ from edge_sdk.types import Array, Params, Shapes
 
 VERSION = 1
 LATTICE, SIGNS, FLOATS = 1, 2, 3
-MAX_COUNT = 2**31 - 1
-"""The largest model, in numbers, that the format addresses."""
+MAX_COUNT = 2**28
+"""The largest model, in numbers: 1 GiB of float32. No sum of gaps below can overflow."""
 MAX_LEVEL = 2**23
 """The largest |q| of a lattice body."""
 
@@ -147,7 +147,7 @@ def _read_lattice(data: bytes, shapes: Shapes, count: int) -> Lattice:
     found = positions.unpack(coding, data[LATTICE_HEAD.size : start], k, shapes, count)
     magnitudes = _read_magnitudes(data[start:end], k, every=found is None)
     q = _signed(magnitudes, data[end:], every=found is None)
-    _check_range(magnitudes, step)
+    _check_range(int(magnitudes.max(initial=0)), step)
     return Lattice(found, q, step)
 
 
@@ -167,8 +167,7 @@ def _signed(magnitudes: Ints, signs: bytes, *, every: bool) -> NDArray[np.int32]
     return q
 
 
-def _check_range(magnitudes: Ints, step: float) -> None:
-    largest = int(magnitudes.max()) if magnitudes.size else 0
+def _check_range(largest: int, step: float) -> None:
     if largest * step > HUGE:
         raise CodecError(f"expected changes within float32, got {largest} steps of {step}")
 
@@ -184,19 +183,19 @@ def _read_signs(data: bytes, _shapes: Shapes, count: int) -> Lattice:
         raise CodecError(f"expected scales up to {hadamard.MAX_SCALE}, got {int(scales.max())}")
     negative = bits.unpack_flags(data[signs_at:], hadamard.padded(count))
     q = hadamard.restore(hadamard.Rotated(data[2:scales_at], step, scales, negative), count)
-    _check_range(np.abs(q.astype(np.int64)), step)
+    _check_range(max(int(q.max(initial=0)), -int(q.min(initial=0))), step)
     return Lattice(None, q, step)
 
 
 def _read_floats(data: bytes, _shapes: Shapes, count: int) -> Lattice:
     if len(data) != 4 * count:
         raise CodecError(f"expected {4 * count} bytes of float32, got {len(data)}")
-    flat = np.frombuffer(data, "<f4").astype(np.float64)
-    largest = float(np.abs(flat).max()) if count else 0.0
+    flat = np.frombuffer(data, "<f4")
+    largest = float(np.abs(flat).max(initial=0.0))
     if not math.isfinite(largest):
         raise CodecError("expected finite numbers, got NaN or infinity; the body is damaged")
     exponent = max(math.frexp(largest)[1] - 30, -1000)
-    q = np.rint(np.ldexp(flat, -exponent)).astype(np.int32)
+    q = np.rint(np.ldexp(flat.astype(np.float64), -exponent)).astype(np.int32)
     return Lattice(None, q, math.ldexp(1.0, exponent))
 
 

@@ -151,7 +151,8 @@ def _with_residual(flat: Array, state: State) -> Array:
 
 
 def _draft(flat: Array, state: State) -> Draft:
-    energy = float(np.dot(flat, flat))
+    with np.errstate(over="ignore", invalid="ignore"):
+        energy = float(np.dot(flat, flat))
     if not energy <= LARGEST_ENERGY:
         raise CodecError(
             "expected a delta of finite, moderate numbers, got NaN, infinity or a norm above 1e15: "

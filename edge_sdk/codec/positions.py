@@ -68,7 +68,7 @@ def unpack(coding: int, data: bytes, k: int, shapes: Shapes, count: int) -> Ints
     elif coding == BITMAP:
         flags = bits.unpack_flags(bits.inflate(data, bits.size_of_flags(count)), count)
         found = np.flatnonzero(flags)
-    elif coding == ROWS and count:
+    elif coding == ROWS:
         found = rows.unpack(data, k, shapes)
     else:
         raise CodecError(f"expected a position coding from 0 to 4, got {coding}; upgrade fedge")
@@ -97,9 +97,8 @@ def _unpack_gaps(data: bytes, k: int, count: int) -> Ints:
     low_size = bits.size_of_fixed(k, shift)
     if not data or (1 << shift) > count or len(data) < 1 + low_size:
         raise CodecError(f"expected {k} gaps within {count}, got {len(data)} bytes")
-    low = bits.unpack_fixed(data[1 : 1 + low_size], k, shift)
-    high = symbols.unpack(data[1 + low_size :], k, count >> shift)
-    return cast("Ints", (high << shift) + low)
+    high = symbols.unpack(data[1 + low_size :], k, count >> shift)  # first: its bytes prove k
+    return cast("Ints", (high << shift) + bits.unpack_fixed(data[1 : 1 + low_size], k, shift))
 
 
 def _bitmap(positions: Ints, count: int) -> bytes:

@@ -66,11 +66,8 @@ def pack(table: Table) -> bytes:
     parts = [_gaps_of(side) for side in sides]
     gaps, widths = (np.concatenate(part) for part in zip(*parts, strict=True))
     low = b"".join(bits.pack_fixed(gaps[widths == w], w) for w in _distinct(widths))
-    ends = np.cumsum(gaps >> widths) + np.arange(gaps.size)
-    flags = np.zeros(int(ends[-1]) + 1, np.bool_)
-    flags[ends] = True
     head = HEAD.pack(len(live), len(counts), len(low))
-    return b"".join([head, turns, live, counts, low, bits.pack_flags(flags)])
+    return b"".join([head, turns, live, counts, low, bits.pack_ends(gaps >> widths)])
 
 
 def unpack(data: bytes, k: int, shapes: Shapes) -> Ints:
@@ -79,8 +76,8 @@ def unpack(data: bytes, k: int, shapes: Shapes) -> Ints:
     Raises: CodecError when a length, a count or a gap does not fit the shapes.
     """
     turns_size = bits.size_of_flags(len(shapes))
-    if len(data) < HEAD.size + turns_size:
-        raise CodecError(f"expected a table of rows, got {len(data)} bytes")
+    if not k or len(data) < HEAD.size + turns_size:
+        raise CodecError(f"expected a table of rows, got {k} positions in {len(data)} bytes")
     live_size, counts_size, low_size = HEAD.unpack_from(data)
     cuts = np.cumsum([HEAD.size, turns_size, live_size, counts_size, low_size]).tolist()
     if cuts[-1] > len(data):
@@ -140,10 +137,7 @@ def _gaps(unary: bytes, low: bytes, widths: Ints) -> Ints:
     # what follows is bounded by the bytes at hand; the quotients of a row of k sum to below 7 * k
     if len(unary) > widths.size + 8:
         raise CodecError("expected fewer unary bits than the rows can need; the body is damaged")
-    ends = np.flatnonzero(np.unpackbits(np.frombuffer(unary, np.uint8), bitorder="little"))
-    if ends.size != widths.size or len(unary) != (int(ends[-1]) // 8 + 1 if ends.size else 0):
-        raise CodecError(f"expected {widths.size} gaps, got {ends.size}; the body is damaged")
-    values = np.diff(ends, prepend=-1) - 1 << widths
+    values = np.diff(bits.unpack_ends(unary, widths.size), prepend=-1) - 1 << widths
     at = 0
     for width in _distinct(widths):
         mine = np.flatnonzero(widths == width)

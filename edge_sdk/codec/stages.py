@@ -176,6 +176,8 @@ def _without_zeros(found: Ints, q: NDArray[np.int32], step: float) -> Lattice:
 
 def _step_for_share(size: Array, share: float) -> float:
     """Return the step at which about `share` of the numbers is sent, from a sample."""
+    if not size.any():
+        return 1.0
     some = np.sort(select.sample(size)).astype(np.float64)
     below = np.concatenate([[0.0], np.cumsum(some)])  # sum of the i smallest
     # with step some[i], every number from i up is sent, and those below in proportion
