@@ -83,4 +83,4 @@ def test_every_rule_has_two_settings_for_each_differentiable_input() -> None:
 def differentiable(op: str) -> list[int]:
     """Return the inputs that carry a gradient, by the operator's schema and our own list."""
     skipped = NO_GRADIENT.get(op, frozenset())
-    return [i for i in range(len(defs.get_schema(op, 18).inputs)) if i not in skipped]
+    return [i for i in range(len(defs.get_schema(op, OPSET_CEILING).inputs)) if i not in skipped]

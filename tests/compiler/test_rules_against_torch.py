@@ -98,6 +98,11 @@ TORCH: dict[str, Callable[..., Any]] = {
     "HardSigmoid": lambda a, x: torch.clip(a.get("alpha", 0.2) * x + a.get("beta", 0.5), 0, 1),
     "Elu": lambda a, x: F.elu(x, a.get("alpha", 1.0)),
     "Softplus": lambda _, x: F.softplus(x),
+    "Mish": lambda _, x: F.mish(x),
+    "Gelu": lambda a, x: F.gelu(x, approximate=a.get("approximate", "none")),
+    "InstanceNormalization": lambda a, x, s, b: F.instance_norm(
+        x, weight=s, bias=b, eps=a.get("epsilon", 1e-5)
+    ),
     "Erf": lambda _, x: torch.erf(x),
 }
 ONNX_ONLY = ("auto_pad", "output_shape")  # paddings that torch does not compute

@@ -54,6 +54,19 @@ def _binary(op: str, right: Callable[..., np.ndarray] = normal) -> list[Case]:
     ]
 
 
+def _gelu(x: np.ndarray) -> np.ndarray:
+    return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+
+def _several(op: str, make: Callable[..., np.ndarray]) -> list[Case]:
+    rows = make(6, 4)
+    return [
+        Case(op, (rows[:2], rows[2:4], rows[4:]), wrt=(0, 1, 2), batch=(0, 1, 2)),
+        Case(op, (rows[:3], rows[3]), wrt=(0, 1), batch=(0,)),
+        Case(op, (rows[:3],), batch=(0,)),
+    ]
+
+
 _TWO = [(3, 4), (2, 3, 5)]
 
 ELEMENTWISE = [
@@ -71,6 +84,18 @@ ELEMENTWISE = [
     *_unary("Sigmoid", normal),
     *_unary("Tanh", normal),
     *_unary("Softplus", normal),
+    *_unary("Softsign", normal),
+    *_unary("Mish", normal),
+    Case("Gelu", (normal(3, 4),), meaning=_gelu, batch=(0,), opset=20),
+    Case("Gelu", (normal(2, 5),), {"approximate": "tanh"}, batch=(0,), opset=20),
+    *_unary("Sin", normal),
+    *_unary("Cos", normal),
+    *_unary("Atan", normal),
+    *_unary("Selu", spaced, {}, {"alpha": 1.5, "gamma": 0.8}),
+    *_several("Sum", normal),
+    *_several("Mean", normal),
+    *_several("Max", spaced),
+    *_several("Min", spaced),
     *_unary("Relu", spaced),
     *_unary("LeakyRelu", spaced, {}, {"alpha": 0.3}, {"alpha": -0.5}),
     *_unary("Elu", spaced, {}, {"alpha": 0.3}),
@@ -252,6 +277,19 @@ NORM = [
         batch=(0,),
     ),
     Case("LayerNormalization", (normal(4, 6), normal(6)), {"axis": 1}, wrt=(0, 1), batch=(0,)),
+    Case(
+        "InstanceNormalization",
+        (normal(2, 3, 4, 2), normal(3), normal(3)),
+        wrt=(0, 1, 2),
+        batch=(0,),
+    ),
+    Case(
+        "InstanceNormalization",
+        (normal(2, 3, 5), normal(3), normal(3)),
+        {"epsilon": 0.1},
+        wrt=(0, 1, 2),
+        batch=(0,),
+    ),
     Case("Softmax", (normal(3, 5),), batch=(0,)),
     Case("Softmax", (normal(2, 4, 3),), {"axis": 1}, batch=(0,)),
     Case("LogSoftmax", (normal(3, 5),), batch=(0,)),
@@ -269,7 +307,15 @@ def _reduce(op: str, make: Callable[..., np.ndarray] = normal) -> list[Case]:
     ]
 
 
-REDUCE = [*_reduce("ReduceSum"), *_reduce("ReduceMean"), *_reduce("ReduceMax", spaced)]
+REDUCE = [
+    *_reduce("ReduceSum"),
+    *_reduce("ReduceMean"),
+    *_reduce("ReduceMax", spaced),
+    *_reduce("ReduceMin", spaced),
+    *_reduce("ReduceL2")[:2],
+    *_reduce("ReduceSumSquare")[:2],
+    *_reduce("ReduceLogSumExp")[:2],
+]
 
 
 def _linear_at_first(op: str, inputs: tuple[Any, ...]) -> Case:
@@ -366,6 +412,32 @@ def _quantized(dtype: Any, scale: np.ndarray, zero: np.ndarray | None, axis: int
     )
 
 
+_SCALES = np.array([1, 1, 2, 3], F)
+
+
+def _resize(*tail: np.ndarray | None, **attributes: str) -> Case:
+    inputs = (normal(2, 3, 2, 3), None, *tail)
+    fixed = tuple(range(2, len(inputs)))
+    batch = (0,) if len(tail) == 1 else ()  # sizes name the batch, scales do not
+    return Case("Resize", inputs, attributes, (0,), fixed, batch, eps=0.5, evaluator="ort")
+
+
+RESAMPLE = [
+    Case("Tile", (normal(2, 3), ints(1, 2)), {}, (0,), (1,), (0,)),
+    Case("Tile", (normal(2, 3), ints(3, 2)), {}, (0,), (1,)),
+    _resize(_SCALES),
+    _resize(_SCALES, coordinate_transformation_mode="asymmetric", nearest_mode="floor"),
+    _resize(None, ints(2, 3, 4, 6), mode="nearest"),
+    Case("DepthToSpace", (normal(2, 8, 2, 3),), {"blocksize": 2}, batch=(0,)),
+    Case("DepthToSpace", (normal(2, 8, 2, 3),), {"blocksize": 2, "mode": "CRD"}, batch=(0,)),
+    Case("SpaceToDepth", (normal(2, 2, 4, 6),), {"blocksize": 2}, batch=(0,)),
+    Case("SpaceToDepth", (normal(2, 1, 3, 6),), {"blocksize": 3}, batch=(0,)),
+    Case("CumSum", (normal(2, 5), np.array(1)), {}, (0,), (1,), (0,)),
+    Case("CumSum", (normal(2, 5), np.array(1)), {"exclusive": 1, "reverse": 1}, (0,), (1,), (0,)),
+    Case("Trilu", (normal(2, 3, 4),), {}, batch=(0,)),
+    Case("Trilu", (normal(2, 3, 3), np.array(-1)), {"upper": 0}, (0,), (1,), (0,)),
+]
+
 QUANTIZE = [
     _quantized(np.int8, np.array(0.1, F), np.array(3, np.int8), 1),
     _quantized(np.uint8, np.array(0.02, F), np.array(128, np.uint8), 1),
@@ -374,4 +446,4 @@ QUANTIZE = [
     _quantized(np.int8, np.array([0.1, 0.2, 0.01, 0.3], F), np.zeros(4, np.int8), 0),
 ]
 
-CASES = [*ELEMENTWISE, *LINEAR, *CONV, *POOL, *NORM, *REDUCE, *SHAPE, *QUANTIZE]
+CASES = [*ELEMENTWISE, *LINEAR, *CONV, *POOL, *NORM, *REDUCE, *SHAPE, *RESAMPLE, *QUANTIZE]

@@ -2,6 +2,7 @@
 """Gradient rules, one file a family; importing this package fills ``vjp.RULES``."""
 
 from coordinator.compiler.rules import (
+    activations,
     conv,
     elementwise,
     linear,
@@ -9,11 +10,13 @@ from coordinator.compiler.rules import (
     pool,
     quantize,
     reduce,
+    resample,
     shape,
     softmax,
 )
 
 __all__ = [
+    "activations",
     "conv",
     "elementwise",
     "linear",
@@ -21,6 +24,7 @@ __all__ = [
     "pool",
     "quantize",
     "reduce",
+    "resample",
     "shape",
     "softmax",
 ]

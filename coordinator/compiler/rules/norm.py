@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BatchNormalization as deployed (running statistics fixed), and LayerNormalization."""
+"""Normalizations: by fixed statistics (batch), or by those of each example (layer, instance)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _channels(e: Emit, vector: str, rank: int) -> str:
 
 @vjp("LayerNormalization")
 def _layer_norm(e: Emit, n: Node, g: str) -> Grads:
-    """Ba et al. 2016: dx = inv * (h - mean(h) - xhat * mean(h * xhat)) with h = g * scale."""
+    """Normalize over the trailing axes (Ba et al. 2016)."""
     x, scale, bias = n.inputs[0], n.inputs[1], n.input(2)
     first, epsilon = n.attr("axis", -1), n.attr("epsilon", 1e-5)
     rank = e.rank(x)
@@ -49,9 +49,32 @@ def _layer_norm(e: Emit, n: Node, g: str) -> Grads:
     xhat, _, inverse = e.LayerNormalization(x, one, outputs=3, axis=first, epsilon=epsilon)
     dx = ds = None
     if e.needs(x):
-        h = e.Mul(g, scale)
-        along = e.Mul(xhat, e.ReduceMean(e.Mul(h, xhat), axes, keepdims=1))
-        dx = e.Mul(inverse, e.Sub(e.Sub(h, e.ReduceMean(h, axes, keepdims=1)), along))
+        dx = _whitened(e, e.Mul(g, scale), xhat, inverse, axes)
     if e.needs(scale):
         ds = unbroadcast(e, e.Mul(g, xhat), scale)
     return dx, ds, unbroadcast(e, g, bias) if e.needs(bias) else None
+
+
+@vjp("InstanceNormalization")
+def _instance_norm(e: Emit, n: Node, g: str) -> Grads:
+    """Normalize each example's channel over space (Ulyanov et al. 2016)."""
+    x, scale, bias = n.inputs
+    rank = e.rank(x)
+    space, others = e.ints(*range(2, rank)), e.ints(0, *range(2, rank))
+    centred = e.Sub(x, e.ReduceMean(x, space, keepdims=1))
+    variance = e.ReduceMean(e.Mul(centred, centred), space, keepdims=1)
+    inverse = e.Reciprocal(e.Sqrt(e.Add(variance, e.const(n.attr("epsilon", 1e-5)))))
+    xhat = e.Mul(centred, inverse)
+    dx = ds = None
+    if e.needs(x):
+        h = e.Mul(g, _channels(e, scale, rank))
+        dx = _whitened(e, h, xhat, inverse, space)
+    if e.needs(scale):
+        ds = e.ReduceSum(e.Mul(g, xhat), others, keepdims=0)
+    return dx, ds, e.ReduceSum(g, others, keepdims=0) if e.needs(bias) else None
+
+
+def _whitened(e: Emit, h: str, xhat: str, inverse: str, axes: str) -> str:
+    """Return inv * (h - mean(h) - xhat * mean(h * xhat)), the way back through xhat."""
+    along = e.Mul(xhat, e.ReduceMean(e.Mul(h, xhat), axes, keepdims=1))
+    return e.Mul(inverse, e.Sub(e.Sub(h, e.ReduceMean(h, axes, keepdims=1)), along))

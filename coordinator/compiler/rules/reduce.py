@@ -60,9 +60,9 @@ def _reduce_mean(e: Emit, n: Node, g: str) -> Grads:
     return (spread(e, n, e.Div(g, count(e, n.inputs[0], axes)), axes),)
 
 
-@vjp("ReduceMax")
-def _reduce_max(e: Emit, n: Node, g: str) -> Grads:
-    """Equal maxima share the gradient."""
+@vjp("ReduceMax", "ReduceMin")
+def _reduce_extreme(e: Emit, n: Node, g: str) -> Grads:
+    """Equal extremes share the gradient."""
     x, axes = n.inputs[0], axes_of(e, n)
     if not axes:
         return (g,)
@@ -73,3 +73,23 @@ def shared(e: Emit, x: str, top: str, g: str, axes: tuple[int, ...]) -> str:
     """Share `g` among the elements of `x` that equal `top` along the axes."""
     mask = e.Cast(e.Equal(x, top), to=np.float32)
     return e.Mul(mask, e.Div(g, e.ReduceSum(mask, e.ints(*axes), keepdims=1)))
+
+
+@vjp("ReduceSumSquare")
+def _reduce_sum_square(e: Emit, n: Node, g: str) -> Grads:
+    g = e.Mul(kept(e, n, g, axes_of(e, n)), e.const(2.0))
+    return (e.Mul(g, n.inputs[0]),)
+
+
+@vjp("ReduceL2")
+def _reduce_l2(e: Emit, n: Node, g: str) -> Grads:
+    """Take y = sqrt(sum(x * x)): the slope is x / y."""
+    axes = axes_of(e, n)
+    return (e.Mul(n.inputs[0], e.Div(kept(e, n, g, axes), kept(e, n, n.outputs[0], axes))),)
+
+
+@vjp("ReduceLogSumExp")
+def _reduce_log_sum_exp(e: Emit, n: Node, g: str) -> Grads:
+    axes = axes_of(e, n)
+    share = e.Exp(e.Sub(n.inputs[0], kept(e, n, n.outputs[0], axes)))
+    return (e.Mul(share, kept(e, n, g, axes)),)
