@@ -143,6 +143,7 @@ class Agent:
             self._thread.join(STOP_PATIENCE_S)
         self._errand.cancel()  # what had begun meanwhile
         self._errand.join(STOP_PATIENCE_S)
+        self._write_status()
 
     @property
     def is_online(self) -> bool:
@@ -204,7 +205,6 @@ class Agent:
     def _run(self) -> None:
         while self.turn(self._wait_s()):
             pass
-        self._write_status()
 
     def turn(self, timeout_s: float) -> bool:
         """Act on the next thing in the queue, or on time alone; return False when told to stop."""

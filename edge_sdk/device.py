@@ -21,7 +21,7 @@ from edge_sdk.failpoints import Failpoints
 from edge_sdk.local import Local
 from edge_sdk.model import Model
 from edge_sdk.outbox import DEFAULT_CAP_BYTES, Outbox
-from edge_sdk.store import Store
+from edge_sdk.store import Store, default_state
 from edge_sdk.training import ChildTrainer, LocalTraining
 from edge_sdk.transport import Transport
 
@@ -232,11 +232,6 @@ class Device:
     def _updated(self, model: Model) -> None:
         if self.when_updated is not None:
             self.when_updated(model)
-
-
-def default_state(task: str) -> Path:
-    """Return the state folder of a task for which none is given."""
-    return Path("~/.local/state/fedge").expanduser() / task
 
 
 def _mqtt(broker: str, **options: Any) -> Connect:

@@ -13,7 +13,6 @@ import logging
 import selectors
 import socket
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -150,12 +149,3 @@ def _is_served(path: Path) -> bool:
         except ConnectionRefusedError:
             return False
     return True
-
-
-def serve_in_thread(
-    run: Callable[[threading.Event], None], stop: threading.Event
-) -> threading.Thread:
-    """Start a source's `run` in a thread of its own."""
-    thread = threading.Thread(target=run, args=(stop,), name="fedge-source", daemon=True)
-    thread.start()
-    return thread

@@ -255,6 +255,11 @@ class Store:
         files.write(self.folder / name, data, mode=0o600)
 
 
+def default_state(task: str) -> Path:
+    """Return the state folder of a task for which none is given."""
+    return Path("~/.local/state/fedge").expanduser() / task
+
+
 def _key(data: bytes) -> bytes:
     key = bytes.fromhex(data.decode("ascii"))
     if len(key) != 32:

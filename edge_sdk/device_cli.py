@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fedge device``: run a device from a configuration file, look at it, check it, forget it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edge_sdk.errors import ConfigError, FedgeError, StoreError, TransportError
+
+if TYPE_CHECKING:
+    from edge_sdk.device import Device
+    from edge_sdk.device_config import DeviceConfig
+
+log = logging.getLogger(__name__)
+
+EXAMPLE = """example:
+  fedge device run --config device.toml
+  fedge device status --config device.toml --json"""
+STATUS_ROWS = (
+    "device",
+    "task",
+    "state",
+    "online",
+    "version",
+    "examples",
+    "conditions_lapsed",
+    "rounds",
+    "last_receipt",
+    "outbox",
+    "bytes_up",
+    "bytes_down",
+    "rss_peak_kib",
+    "child_rss_peak_kib",
+)
+PACKAGES = ("numpy", "paho-mqtt", "cryptography", "onnxruntime")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``fedge device ...``; return its exit code."""
+    args = _parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], int] = args.command
+    return command(args)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Take part until SIGTERM or SIGINT, then leave within a few seconds."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its threads cost memory
+    config = _config(args)
+    _log_to_stderr(config.log_level)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    with _device(config) as device:
+        log.info("device id=%s task=%s state=%s", device.id, config.task, _state(config))
+        source = _source(config, device, stop)
+        stop.wait()
+        log.info("stopping")
+    if source is not None:
+        source.join(2.0)
+    return 0
+
+
+def status(args: argparse.Namespace) -> int:
+    """Show what the device last wrote of itself."""
+    config = _config(args)
+    file = _state(config) / "status.json"
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise StoreError(
+            f"expected a status in {file}, there is none; start it: fedge device run"
+        ) from error
+    found["running"] = _is_running(config)
+    if args.json:
+        print(json.dumps(found, indent=1, sort_keys=True))
+        return 0
+    for name in ("running", *STATUS_ROWS):
+        print(f"{name:<20} {_cell(found.get(name))}")
+    return 0
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Check what a device needs, each on a line; return the code of the first that fails."""
+    config = _config(args)
+    checks: list[tuple[str, Callable[[DeviceConfig], str], int]] = [
+        ("packages", _check_packages, 6),
+        ("state", _check_state, 1),
+        ("broker", _check_broker, 4),
+        ("conditions", _check_conditions, 0),
+    ]
+    results = [_checked(name, check, code, config) for name, check, code in checks]
+    if args.json:
+        print(json.dumps([{"check": n, "ok": ok, "says": says} for n, ok, says, _ in results]))
+    else:
+        for name, ok, says, _ in results:
+            print(f"{'ok  ' if ok else 'FAIL'} {name:<11} {says}")
+    return next((code for _, ok, _, code in results if not ok), 0)
+
+
+def wipe(args: argparse.Namespace) -> int:
+    """Delete the device's examples, models, outbox and identity."""
+    import shutil
+
+    from edge_sdk.store import Store
+
+    config = _config(args)
+    folder = _state(config)
+    if not (folder / "identity.key").exists():
+        raise StoreError(f"expected a device's state in {folder}, there is none; nothing to wipe")
+    if not args.yes:
+        raise ConfigError(f"this deletes {folder} for good, examples included; say --yes")
+    Store(folder).close()  # refuses while a process uses it
+    shutil.rmtree(folder)
+    print(f"wiped {folder}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fedge device",
+        description="Run a device of fedge, and look after it.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command, about in (
+        (run, "take part in a task until stopped"),
+        (status, "show how the device is doing"),
+        (doctor, "check what it needs: packages, state, broker, conditions"),
+        (wipe, "delete all it knows, its identity included"),
+    ):
+        sub = commands.add_parser(
+            command.__name__,
+            help=about,
+            description=f"{about[0].upper()}{about[1:]}.",
+            epilog=f"example: fedge device {command.__name__} --config device.toml",
+        )
+        sub.add_argument("--config", required=True, metavar="FILE", help="device.toml")
+        sub.set_defaults(command=command)
+        if command in {status, doctor}:
+            sub.add_argument("--json", action="store_true", help="for machines")
+        if command is wipe:
+            sub.add_argument("--yes", action="store_true", help="do it")
+    return parser
+
+
+def _config(args: argparse.Namespace) -> DeviceConfig:
+    from edge_sdk import device_config
+
+    return device_config.load(args.config)
+
+
+def _state(config: DeviceConfig) -> Path:
+    from edge_sdk.store import default_state
+
+    return config.state or default_state(config.task)
+
+
+def _device(config: DeviceConfig) -> Device:
+    from edge_sdk.device import Device
+
+    return Device(
+        config.broker,
+        task=config.task,
+        bundle=config.bundle,
+        state=config.state,
+        conditions=config.conditions,
+        engine=config.engine,
+        threads=config.threads,
+        capacity=config.capacity,
+        min_examples=config.min_examples,
+        name=config.name,
+        coordinator_key=config.coordinator_key,
+        ca_file=config.ca_file,
+        username=config.username,
+        password=config.password,
+        keepalive_s=config.keepalive_s,
+        outbox_bytes=config.outbox_bytes,
+    )
+
+
+def _source(config: DeviceConfig, device: Device, stop: threading.Event) -> threading.Thread | None:
+    serve = _serve(config, device)
+    if serve is None:
+        return None
+    thread = threading.Thread(target=serve, args=(stop,), name="fedge-source", daemon=True)
+    thread.start()
+    return thread
+
+
+def _serve(config: DeviceConfig, device: Device) -> Callable[[threading.Event], None] | None:
+    source = config.source
+    if source is None:
+        return None
+    if source.socket is not None:
+        from edge_sdk.socket_source import Socket
+
+        return Socket(source.socket, device).run
+    from edge_sdk.source import Folder
+
+    journal = _state(config) / "source.json"
+    folder = source.folder or Path()
+    return Folder(folder, device, journal=journal, label=source.label, poll_s=source.poll_s).run
+
+
+def _log_to_stderr(level: str) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    stamp = "" if os.environ.get("JOURNAL_STREAM") else "%(asctime)s "
+    handler.setFormatter(logging.Formatter(f"{stamp}level=%(levelname)s at=%(name)s %(message)s"))
+    logging.basicConfig(level=level.upper(), handlers=[handler])
+
+
+def _is_running(config: DeviceConfig) -> bool:
+    import fcntl
+
+    try:
+        with (_state(config) / "lock").open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _checked(
+    name: str, check: Callable[[DeviceConfig], str], code: int, config: DeviceConfig
+) -> tuple[str, bool, str, int]:
+    try:
+        return name, True, check(config), code
+    except (FedgeError, OSError, ImportError) as error:
+        return name, False, " ".join(str(error).split()), code
+
+
+def _check_packages(config: DeviceConfig) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    found = []
+    for package in PACKAGES:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            hint = "pip install 'fedge[onnx]'" if package == "onnxruntime" else "pip install fedge"
+            raise ModuleNotFoundError(f"{package} is not installed; {hint}") from None
+    from edge_sdk.engine import ENGINES
+
+    if config.engine not in ENGINES:
+        raise ConfigError(f"engine: expected one of {sorted(ENGINES)}, got {config.engine!r}")
+    return f"python {sys.version.split()[0]}, {', '.join(found)}, engine {config.engine}"
+
+
+def _check_state(config: DeviceConfig) -> str:
+    folder = _state(config)
+    if not folder.exists():
+        return f"{folder} will be made at the first start"
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise StoreError(f"cannot write in {folder}; correct its owner or set another state")
+    return f"{folder}, {'in use by a running device' if _is_running(config) else 'not in use'}"
+
+
+def _check_broker(config: DeviceConfig) -> str:
+    from edge_sdk.transport.mqtt import Mqtt
+
+    mqtt = Mqtt(
+        config.broker,
+        f"doctor-{os.getpid()}",
+        ca_file=config.ca_file,
+        username=config.username,
+        password=config.password,
+    )
+    try:
+        mqtt.probe()
+    except TransportError as error:
+        raise TransportError(str(error)) from error
+    finally:
+        mqtt.close()
+    return f"{mqtt.endpoint} lets us in"
+
+
+def _check_conditions(config: DeviceConfig) -> str:
+    from edge_sdk.conditions import Surroundings
+
+    examples = 0
+    if (file := _state(config) / "status.json").exists():
+        examples = int(json.loads(file.read_bytes()).get("examples", 0))
+    lapsed = config.conditions.lapsed(Surroundings(examples=examples))
+    if lapsed:
+        return f"no training now: {', '.join(lapsed)} does not hold"
+    return f"{config.conditions.name}: hold now"
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {item}" for key, item in value.items() if item != "")
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return "-" if value is None else str(value)

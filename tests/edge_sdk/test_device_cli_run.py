@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fedge device` as a process: over a real broker, killed, stopped, and asked how it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hand_bundles import examples, mlp
+from scripted_coordinator import KEY, TASK, Scripted, until, weights_of
+
+from edge_sdk import cli, device_cli
+from edge_sdk.errors import ConfigError, StoreError
+from edge_sdk.signing import DeviceKey
+from edge_sdk.transport.mqtt import Mqtt
+
+BUNDLE = mlp((6, 5, 3), quantized=True)
+X, Y = examples(30)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    mosquitto = shutil.which("mosquitto")
+    if mosquitto is None:
+        pytest.skip("mosquitto is not on PATH")
+    port = free_port()
+    config = tmp_path_factory.mktemp("broker") / "mosquitto.conf"
+    config.write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\n")
+    process = subprocess.Popen([mosquitto, "-c", str(config)], stderr=subprocess.DEVNULL)
+    until(lambda: _answers(port))
+    yield f"mqtt://127.0.0.1:{port}"
+    process.terminate()
+    process.wait()
+
+
+def _answers(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 0.2).close()
+    except OSError:
+        return False
+    return True
+
+
+class Board:
+    """A folder with a device.toml, rows to learn, and the processes that ran there."""
+
+    def __init__(self, folder: Path, broker: str, **settings: Any) -> None:
+        self.folder, self.inbox, self.state = folder, folder / "inbox", folder / "state"
+        self.inbox.mkdir()
+        BUNDLE.save(folder / "model.fedge")
+        self.config = folder / "device.toml"
+        lines = [f'broker = "{broker}"', f'task = "{TASK}"', 'state = "state"']
+        lines += ['bundle = "model.fedge"']
+        lines += [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
+        lines += ["[source]", 'folder = "inbox"', "poll_s = 0.05"]
+        self.config.write_text("\n".join(lines))
+        self.log = folder / "log"
+
+    @property
+    def device(self) -> str:
+        return DeviceKey.load_or_create(self.state / "identity.key").id
+
+    def start(self, failpoints: str = "") -> subprocess.Popen[bytes]:
+        with self.log.open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "edge_sdk", "device", "run", "--config", str(self.config)],
+                stderr=log,
+                env={**os.environ, "FEDGE_FAILPOINTS": failpoints},
+            )
+
+    def give(self, count: int = 30) -> None:
+        np.savez(self.inbox / ".rows.npz", x=X[:count], y=Y[:count])
+        (self.inbox / ".rows.npz").rename(self.inbox / "rows.npz")
+
+    def status(self) -> dict[str, Any]:
+        try:
+            found: dict[str, Any] = json.loads((self.state / "status.json").read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return found
+
+
+@pytest.fixture
+def coordinator(broker: str) -> Iterator[Scripted]:
+    transport = Mqtt(broker, f"coordinator-{free_port()}")
+    coordinator = Scripted(transport, BUNDLE)
+    coordinator.start()
+    until(lambda: transport.is_up)
+    yield coordinator
+    transport.close()
+
+
+def is_ready(coordinator: Scripted) -> bool:
+    return bool(coordinator.checkins) and coordinator.checkins[-1].ready
+
+
+@pytest.mark.broker
+def test_a_device_process_takes_part_and_stops_cleanly(
+    tmp_path: Path, broker: str, coordinator: Scripted
+) -> None:
+    board = Board(tmp_path, broker, coordinator_key=KEY.public.hex())
+    board.give()
+    process = board.start()
+    coordinator.publish_model(1, weights_of(BUNDLE, 0.125))
+    until(lambda: is_ready(coordinator), within_s=20)
+    for _ in range(2):
+        coordinator.invite(board.device, epochs=2, codec=[["ef"], ["deadzone", 2.0]])
+        count = len(coordinator.updates)
+        until(lambda count=count: len(coordinator.updates) > count, within_s=20)
+    until(lambda: board.status().get("receipts") == {"counted": 2})
+    update, _ = coordinator.updates[0]
+    assert (update.examples, update.steps) == (30, 8)
+    asked = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 0, board.log.read_text()
+    assert time.monotonic() - asked < 5
+    until(lambda: not coordinator.statuses[-1].online)
+    status = board.status()
+    assert status["version"] == 1
+    assert status["rounds"] == 2
+    assert 0 < status["bytes_up"] < 20_000
+    assert status["bytes_down"] > len(BUNDLE.data) / 10
+    assert status["rss_peak_kib"] > status["child_rss_peak_kib"] / 4 > 0
+    assert (board.inbox / "consumed" / "rows.npz").exists()
+    assert "Traceback" not in board.log.read_text()
+
+
+@pytest.mark.broker
+@pytest.mark.parametrize(
+    ("failpoint", "trainings"),
+    [
+        ("invited:kill", 1),
+        ("after_train:kill", 2),
+        ("before_last_chunk:kill", 1),
+        ("after_send:kill", 1),
+        ("on_receipt:kill", 1),
+    ],
+)
+def test_killed_anywhere_in_a_round_the_device_comes_back_and_counts_once(
+    tmp_path: Path, broker: str, coordinator: Scripted, failpoint: str, trainings: int
+) -> None:
+    board = Board(tmp_path, broker, coordinator_key=KEY.public.hex())
+    board.give()
+    process = board.start(failpoint)
+    coordinator.publish_model(1, weights_of(BUNDLE, 0.125))
+    until(lambda: is_ready(coordinator), within_s=20)
+    coordinator.invite(board.device)
+    assert process.wait(20) == -signal.SIGKILL
+    until(lambda: not coordinator.statuses[-1].online)  # its will
+    process = board.start()
+    until(lambda: coordinator.statuses[-1].online, within_s=20)
+    if not coordinator.updates and not list((board.state / "outbox").glob("*.update")):
+        until(lambda: is_ready(coordinator), within_s=20)
+        coordinator.round -= 1
+        coordinator.invite(board.device)  # a coordinator would invite it again
+    until(lambda: board.status().get("receipts"), within_s=20)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 0, board.log.read_text()
+    assert len({update for _, update in coordinator.updates}) == 1
+    assert not list((board.state / "outbox").glob("*.update"))
+    assert board.log.read_text().count("training round=1") == trainings
+
+
+@pytest.mark.broker
+def test_killed_in_mid_training_the_device_declares_itself_gone_and_joins_the_next_round(
+    tmp_path: Path, broker: str, coordinator: Scripted
+) -> None:
+    board = Board(tmp_path, broker, coordinator_key=KEY.public.hex())
+    board.give()
+    process = board.start()
+    coordinator.publish_model(1, weights_of(BUNDLE, 0.125))
+    until(lambda: is_ready(coordinator), within_s=20)
+    coordinator.invite(board.device, epochs=None, steps=2**31)
+    until(lambda: board.status().get("state") == "training" or _trains(process.pid))
+    process.kill()
+    process.wait()
+    until(lambda: not coordinator.statuses[-1].online)
+    heard = len(coordinator.checkins)
+    process = board.start()
+    until(lambda: len(coordinator.checkins) > heard and is_ready(coordinator), within_s=20)
+    coordinator.invite(board.device)
+    until(lambda: board.status().get("receipts") == {"counted": 1}, within_s=20)
+    process.terminate()
+    assert process.wait(10) == 0
+    assert [update.round for update, _ in coordinator.updates] == [2]
+
+
+def _trains(pid: int) -> bool:
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return any((task / "children").read_text().strip() for task in tasks)
+
+
+@pytest.mark.broker
+def test_the_broker_may_come_later(tmp_path: Path) -> None:
+    port = free_port()
+    board = Board(tmp_path, f"mqtt://127.0.0.1:{port}")
+    board.give()
+    process = board.start()
+    until((board.inbox / "consumed" / "rows.npz").exists, within_s=20)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 0
+    assert "no broker listens" in board.log.read_text()
+    assert board.status()["examples"] == 30
+
+
+@pytest.mark.broker
+def test_doctor_says_what_is_well_and_what_is_not(
+    tmp_path: Path, broker: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    board = Board(tmp_path, broker, conditions=["on_mains", ["examples", 50]])
+    assert device_cli.main(["doctor", "--config", str(board.config)]) == 0
+    said = capsys.readouterr().out
+    assert "lets us in" in said
+    assert "examples(50)" in said
+    board.config.write_text(f'broker = "mqtt://127.0.0.1:{free_port()}"\ntask = "toy"')
+    assert device_cli.main(["doctor", "--config", str(board.config), "--json"]) == 4
+    checks = {c["check"]: c for c in json.loads(capsys.readouterr().out)}
+    assert not checks["broker"]["ok"]
+    assert "start it" in checks["broker"]["says"]
+    assert checks["packages"]["ok"]
+
+
+def test_status_shows_what_the_device_last_wrote(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    board = Board(tmp_path, "mqtt://localhost")
+    command = ["status", "--config", str(board.config)]
+    with pytest.raises(StoreError, match="fedge device run"):
+        device_cli.main(command)
+    board.state.mkdir()
+    written = {"device": "d1", "rounds": 3, "last_receipt": {"round": 3, "outcome": "counted"}}
+    (board.state / "status.json").write_text(json.dumps({**written, "conditions_lapsed": []}))
+    assert device_cli.main(command) == 0
+    said = capsys.readouterr().out
+    assert "round 3, outcome counted" in said
+    assert "running              False" in said
+    device_cli.main([*command, "--json"])
+    assert json.loads(capsys.readouterr().out)["rounds"] == 3
+
+
+def test_wipe_deletes_everything_but_only_when_told_to(tmp_path: Path) -> None:
+    board = Board(tmp_path, "mqtt://localhost")
+    command = ["wipe", "--config", str(board.config)]
+    with pytest.raises(StoreError, match="nothing to wipe"):
+        device_cli.main(command)
+    assert board.device
+    with pytest.raises(ConfigError, match="--yes"):
+        device_cli.main(command)
+    assert device_cli.main([*command, "--yes"]) == 0
+    assert not board.state.exists()
+
+
+def test_a_wrong_configuration_is_one_line_and_code_3(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    board = Board(tmp_path, "mqtt://localhost", min_exmaples=3)
+    assert cli.main(["device", "run", "--config", str(board.config)]) == 3
+    said = capsys.readouterr().err
+    assert "did you mean min_examples?" in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["run", "status", "doctor", "wipe"])
+def test_every_command_has_help_with_an_example(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        device_cli.main([command, "--help"])
+    assert left.value.code == 0
+    assert "example: fedge device" in capsys.readouterr().out
