@@ -36,6 +36,8 @@ class Fleet:
     devices: dict[str, Known] = field(default_factory=dict)
     checked_in: dict[str, dict[str, Ready]] = field(default_factory=dict)
     completion: dict[str, float] = field(default_factory=dict)
+    heard: set[str] = field(default_factory=set)
+    """Devices whose status came since this coordinator started."""
 
     def status(self, seen: Known) -> bool:
         """Take in a status; False when it is outdated: an old session's will after a new birth.
@@ -46,6 +48,7 @@ class Fleet:
         if before is not None and seen.boot < before.boot:
             return False
         self.devices[seen.device] = seen
+        self.heard.add(seen.device)
         if before is not None and seen.boot > before.boot:
             for ready in self.checked_in.values():
                 ready.pop(seen.device, None)
@@ -72,6 +75,10 @@ class Fleet:
         """Whether the broker last said that `device` is there."""
         known = self.devices.get(device)
         return known is not None and known.online
+
+    def has_left(self, device: str) -> bool:
+        """Whether the broker said that `device` is gone, rather than nothing about it yet."""
+        return device in self.heard and not self.is_online(device)
 
     def ready(self, task: str, call: int) -> list[str]:
         """Return who answered this `call` and is online, sorted: same input, same cohort."""

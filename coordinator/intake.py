@@ -116,6 +116,9 @@ class Intake:
             raise MessageError("the status is not signed with the key that it shows")
         seen = Known(status.device, status.key, status.name, status.sdk, status.online, status.boot)
         before = self.fleet.devices.get(seen.device)
+        if before is not None and before.key != seen.key:  # first come, first trusted
+            self._complain(seen.device, "forged", MessageError("the device has another key"))
+            return None
         if not self.fleet.status(seen):
             self.counters["outdated"] += 1
             return None
@@ -170,6 +173,9 @@ class Intake:
             answer = await self._counted(desk, device, update, signed)
         except StoreError as error:  # no receipt: the device keeps the update and sends it again
             self._complain(device, "store", error)
+            return
+        except Exception as error:  # noqa: BLE001  # whatever a message does, the rounds go on
+            self._complain(device, "crashed", error)
             return
         self.counters[answer.outcome] += 1
         if answer.outcome == "refused":

@@ -28,7 +28,7 @@ from coordinator.intake import Intake, Later
 from coordinator.link import Link
 from coordinator.pacing import Pace
 from coordinator.publishing import Publisher, seed_of
-from coordinator.rounds import Action, Invite, begin
+from coordinator.rounds import Action, Declined, Invite, Left, begin
 from coordinator.store import Store, StoredRound
 from coordinator.task import Task
 from edge_sdk import params as tensors
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 IN_FLIGHT = 256
 """Messages dealt with at a time: more wait at the broker, not in memory."""
 RETRY_S = 1.0
-STOP_S = 3.0
+STOP_S = 2.0
 DATABASE, KEY = "coordinator.db", "coordinator.key"
 
 
@@ -184,6 +184,7 @@ class Coordinator:
             resumed = await self._store.resume(task.name, digest, first, desks.RECENT)
             desk = self._intake.desks[task.name] = desks.begin(task, bundle, resumed)
             await self._link.subscribe(topics.up_filter(task.name))
+            self._note_absent(desk)
             await self._publisher.bundle(desk)
             await self._publisher.model(desk)
         except BaseException:
@@ -213,8 +214,19 @@ class Coordinator:
         )
         await self._store.open_round(desk.task.name, stored)
         desk.open(stored, opened)
+        self._note_absent(desk, desk.call)
         log.info("round open task=%s round=%d cohort=%d", desk.task.name, number, len(cohort))
         self._act(desk, actions)
+
+    def _note_absent(self, desk: Desk, call: int | None = None) -> None:
+        """Tell the open round who left, or withdrew from `call`, while nobody was listening."""
+        awaited = sorted(desk.current.awaited) if desk.current else []
+        ready = awaited if call is None else self.fleet.ready(desk.task.name, call)
+        for device in awaited:
+            if self.fleet.has_left(device):
+                self._act(desk, desk.apply(Left(device)))
+            elif device not in ready:
+                self._act(desk, desk.apply(Declined(device)))
 
     async def _select(self, desk: Desk, pace: Pace, seed: int) -> Sequence[str]:
         quorum_since: float | None = None

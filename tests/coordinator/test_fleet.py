@@ -62,3 +62,13 @@ def test_completion_is_a_moving_average_that_starts_at_one() -> None:
     for _ in range(40):
         fleet.completed("t", 10, 6)
     assert abs(fleet.completion_of("t") - 0.6) < 1e-4
+
+
+def test_a_device_that_was_not_heard_of_has_not_left() -> None:
+    fleet = Fleet()
+    fleet.remember(born("a"))
+    assert not fleet.has_left("a")
+    fleet.status(born("a", online=False))
+    assert fleet.has_left("a")
+    fleet.status(born("a"))
+    assert not fleet.has_left("a")

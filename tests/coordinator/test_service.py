@@ -533,3 +533,43 @@ def test_a_dead_connection_ends_training_with_its_reason(tmp_path: Path) -> None
                 await anext(coordinator.train(task(), pace()))
 
     play(tmp_path, story)
+
+
+def test_a_resumed_round_does_not_wait_for_a_device_that_left_meanwhile(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        devices = world.devices(3)
+        job = (task(), pace(3, quorum=2, count=1))
+        async with world.coordinator(job):
+            await world.until(invited(devices, 1))
+        world.broker.cut(devices[0].id)
+        async with world.coordinator(job):
+            await world.until(lambda: all(len(d.invites) == 2 for d in devices[1:]))
+            devices[1].report()
+            devices[2].report()
+            await world.until(lambda: world.results)
+        assert world.results[0].left == (devices[0].id,)
+        assert world.clock.monotonic() == 0
+
+    play(tmp_path, story)
+
+
+def test_a_message_that_breaks_the_code_is_counted_and_the_round_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def story(world: World) -> None:
+        devices = world.devices(2)
+        async with world.coordinator((task(), pace(2, 2, 1))) as coordinator:
+            await world.until(invited(devices, 1))
+            desk = coordinator._intake.desks["t"]
+            monkeypatch.setattr(type(desk), "judge", lambda *_: 1 / 0)
+            for _ in range(3):
+                devices[0].report()
+            await world.until(lambda: coordinator.counters["crashed"] == 3)
+            monkeypatch.undo()
+            for device in devices:
+                device.report()
+            await world.until(lambda: world.results)
+        assert sum("ZeroDivisionError" in r.exc_text for r in caplog.records if r.exc_text) == 1
+        assert all(body(1000)[10:30].hex() not in r.getMessage() for r in caplog.records)
+
+    play(tmp_path, story)
