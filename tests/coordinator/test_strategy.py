@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A strategy is a value: it is spelled as data, and its parts can be exchanged."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from coordinator import strategy
+from coordinator.aggregators import weight_of
+from coordinator.strategy import Strategy, fedadam, fedavg, fedavgm, fedyogi, polynomial
+from edge_sdk import codec
+from edge_sdk.errors import ConfigError
+
+ALL = [fedavg(), fedavgm(decay=0.8), fedadam(lr=0.01), fedyogi(b2=0.9, staleness=1.0)]
+
+
+@pytest.mark.parametrize("made", ALL, ids=[s.name for s in ALL])
+def test_a_spec_makes_the_strategy_that_spells_it(made: Strategy) -> None:
+    again = strategy.from_spec(made.spec)
+    assert again.spec == made.spec
+    assert again.name == made.name == made.spec[0]
+    assert again.server.spec == made.server.spec
+    assert again.discount(3) == made.discount(3)
+    assert strategy.from_spec(made.name).name == made.name
+
+
+def test_each_strategy_has_its_server_optimizer() -> None:
+    assert [s.server.spec[0] for s in ALL] == ["sgd", "momentum", "adam", "yogi"]
+    assert ALL[2].server.spec == ["adam", {"lr": 0.01, "b1": 0.9, "b2": 0.99, "tau": 1e-3}]
+    assert all(s.aggregator.spec == ["weighted_mean"] for s in ALL)
+
+
+def test_a_part_is_exchanged_with_replace() -> None:
+    none = fedavg()._replace(discount=lambda _staleness: 1.0)
+    assert none.discount(9) == 1.0
+
+
+def test_a_round_of_fedavg_adds_the_mean_of_what_was_decoded() -> None:
+    shapes = {"w": (40,)}
+    rng, s, c = np.random.default_rng(0), fedavg(), codec.preset("exact-ish")
+    total, expected = s.aggregator.init(40), np.zeros(40)
+    for examples in (10, 30):
+        blob, _ = c.encode({"w": rng.standard_normal(40).astype(np.float32)}, c.init(shapes))
+        total = s.aggregator.add(total, codec.lattice(blob, shapes), weight_of(examples))
+        expected += examples / 40 * c.decode(blob, shapes)["w"]
+    start = np.ones(40, np.float32)
+    after, _ = s.server.step(start, s.aggregator.result(total), s.server.init(40))
+    np.testing.assert_allclose(after, start + expected, rtol=1e-6)
+
+
+def test_a_stale_update_weighs_less_and_never_nothing() -> None:
+    discount = polynomial(0.5)
+    assert discount(0) == 1.0
+    assert discount(3) == pytest.approx(0.5)
+    assert discount(-1) == 1.0
+    assert all(weight_of(1, discount(s)) >= 1 for s in (10, 10**6))
+    assert polynomial(0.0)(7) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        (["fedprox2"], "expected a strategy among fedavg, fedavgm, fedadam, fedyogi"),
+        (["fedavg", {"b1": 0.9}], "fedavg: expected lr, staleness, got 'b1'"),
+        (["fedavg", {"staleness": -1}], "expected a staleness exponent from 0"),
+        (["fedavg", {"staleness": float("nan")}], "expected a staleness exponent from 0"),
+        (["fedadam", {"lr": -1}], "expected lr above 0"),
+    ],
+)
+def test_a_wrong_setting_is_refused_in_one_line(spec: list[object], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        strategy.from_spec(spec)
