@@ -16,7 +16,7 @@ import socket
 import sys
 import tempfile
 import warnings
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -136,6 +136,7 @@ async def _start_somewhere(
 
 
 async def _start(program: str, port: int, folder: Path) -> asyncio.subprocess.Process:
+    _check_free(port)
     config, errors = folder / "mosquitto.conf", folder / "mosquitto.log"
     config.write_text(mosquitto_config(port, folder))
     arguments = ["-I", "-S", "-c", _TETHER, str(os.getpid()), program, "-c", str(config)]
@@ -158,6 +159,17 @@ async def _start(program: str, port: int, folder: Path) -> asyncio.subprocess.Pr
     raise TransportError(
         f"mosquitto did not start on port {port}: {said[-1] if said else 'it ended'}"
     )
+
+
+def _check_free(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise TransportError(
+                f"mosquitto did not start on port {port}: {error.strerror}; choose another"
+            ) from error
 
 
 async def _listening(child: asyncio.subprocess.Process, port: int) -> None:
@@ -207,6 +219,8 @@ async def _amqtt(port: int) -> AsyncIterator[str]:
                 },
             }
         )
+        connected = _Connections(broker.stream_connected)
+        broker.stream_connected = connected
         try:
             await broker.start()
         except Exception as error:
@@ -215,6 +229,37 @@ async def _amqtt(port: int) -> AsyncIterator[str]:
             yield f"mqtt://{HOST}:{chosen}?mqtt=3.1.1"  # it does not answer a CONNECT of MQTT 5
         finally:
             await broker.shutdown()
+            await connected.end()
+
+
+class _Connections:
+    """Sees to it that every connection that amqtt serves is closed, whatever becomes of it."""
+
+    def __init__(self, serve: Callable[..., Awaitable[None]]) -> None:
+        self._serve = serve
+        self._tasks: set[asyncio.Task[object]] = set()
+
+    async def __call__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, listener_name: str
+    ) -> None:
+        task = asyncio.current_task()
+        if task is not None:
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        try:
+            await self._serve(reader, writer, listener_name=listener_name)
+        except (OSError, asyncio.CancelledError) as error:
+            log.debug("a connection of amqtt ended: %r", error)
+        finally:
+            writer.close()
+            with contextlib.suppress(OSError, asyncio.CancelledError):
+                await writer.wait_closed()
+
+    async def end(self) -> None:
+        """End what is still served."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
 @contextlib.contextmanager

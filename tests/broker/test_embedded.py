@@ -16,6 +16,7 @@ from coordinator import broker
 from coordinator.broker import embedded
 from coordinator.mqtt import Mqtt
 from edge_sdk.errors import FedgeError, TransportError
+from edge_sdk.transport import mqtt as device_mqtt
 from edge_sdk.transport.mqtt import Mqtt as DeviceMqtt
 
 
@@ -139,7 +140,11 @@ def test_amqtt_keeps_its_own_noise_to_itself(
     assert logger.level == level
 
 
-def test_a_device_finds_3_1_1_by_itself_on_a_broker_that_ignores_mqtt_5(until: Any) -> None:
+def test_a_device_finds_3_1_1_by_itself_on_a_broker_that_ignores_mqtt_5(
+    until: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_mqtt, "ANSWER_S", 0.5)
+
     async def story() -> None:
         async with embedded(kind="amqtt") as url:
             device = DeviceMqtt(url.partition("?")[0], "d", will=("will", b"x" * 40))
