@@ -78,7 +78,7 @@ def unpack_fixed(data: bytes, count: int, width: int) -> Ints:
         rows = (count + 7) // 8
         padded = np.zeros((rows, 8), np.uint8)
         padded[:, :rest] = np.frombuffer(data, np.uint8, rows * rest, whole * count).reshape(
-            rows, -1
+            rows, rest
         )
         words = padded.view("<u8").astype(np.int64)
         shifted = (words >> (rest * np.arange(8))) & ((1 << rest) - 1)

@@ -8,6 +8,7 @@ a compressed bit per number, best from a tenth of all upwards. `ROWS` uses the t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 import numpy as np
@@ -18,6 +19,8 @@ from edge_sdk.errors import CodecError
 from edge_sdk.types import Shapes
 
 ALL, RICE, GAPS, BITMAP, ROWS = 0, 1, 2, 3, 4
+CLOSE = 1.005
+"""Codings estimated within this factor of the best are all written, and the smallest kept."""
 
 
 def pack(positions: Ints, count: int, shapes: Shapes) -> tuple[int, bytes]:
@@ -29,24 +32,19 @@ def pack(positions: Ints, count: int, shapes: Shapes) -> tuple[int, bytes]:
         return ALL, b""
     gaps = np.diff(positions, prepend=-1) - 1
     width, rice_size = bits.rice_width(gaps)
-    costs = {RICE: rice_size, GAPS: _estimate_gaps(gaps)}
-    table = None
+    ways: list[tuple[int, int, Callable[[], bytes]]] = [
+        (rice_size, RICE, lambda: bits.pack_rice(gaps, width)),
+        (_estimate_gaps(gaps), GAPS, lambda: _pack_gaps(gaps)),
+    ]
     if positions.size >= rows.WORTHWHILE:
         table = rows.tabulate(positions, shapes)
-        costs[ROWS] = table.estimate
+        ways.append((table.estimate, ROWS, lambda: rows.pack(table)))
     if positions.size * 16 > count:
-        costs[BITMAP] = _estimate_bitmap(positions, count)
-    close = [coding for coding, cost in costs.items() if cost <= min(costs.values()) * 1.005]
-    made = []
-    for coding in close:
-        if coding == RICE:
-            made.append((coding, bits.pack_rice(gaps, width)))
-        elif coding == GAPS:
-            made.append((coding, _pack_gaps(gaps)))
-        elif coding == BITMAP:
-            made.append((coding, bits.deflate(_bitmap(positions, count))))
-        elif table is not None:
-            made.append((coding, rows.pack(table)))
+        flags = _bitmap(positions, count)
+        cost = symbols.estimate(np.frombuffer(flags, np.uint8).astype(np.int64))
+        ways.append((cost, BITMAP, lambda: bits.deflate(flags)))
+    best = min(cost for cost, _, _ in ways)
+    made = [(coding, write()) for cost, coding, write in ways if cost <= best * CLOSE]
     return min(made, key=lambda pair: len(pair[1]))
 
 
@@ -105,7 +103,3 @@ def _bitmap(positions: Ints, count: int) -> bytes:
     flags = np.zeros(count, np.bool_)
     flags[positions] = True
     return bits.pack_flags(flags)
-
-
-def _estimate_bitmap(positions: Ints, count: int) -> int:
-    return symbols.estimate(np.frombuffer(_bitmap(positions, count), np.uint8).astype(np.int64))

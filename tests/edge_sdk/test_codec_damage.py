@@ -265,3 +265,20 @@ def test_a_body_for_too_large_a_model_is_refused() -> None:
     huge: Shapes = {"w": (2**28 + 1,)}
     with pytest.raises(CodecError):
         codec.lattice(body.HEAD.pack(1, 1, 2**28 + 1), huge)
+
+
+def test_lists_of_bits_are_as_long_as_they_say() -> None:
+    for width in range(20):
+        values = np.arange(13) * 77 % (1 << width)
+        packed = bits.pack_fixed(values, width)
+        np.testing.assert_array_equal(bits.unpack_fixed(packed, 13, width), values)
+        assert bits.unpack_fixed(b"", 0, width).size == 0
+        with pytest.raises(CodecError, match="bytes"):
+            bits.unpack_fixed(packed + b"\0", 13, width)
+
+
+def test_a_value_above_its_limit_is_refused() -> None:
+    packed = bits.pack_rice(np.array([3, 9, 4]), 2)
+    assert bits.unpack_rice_values(packed, 3, 9).tolist() == [3, 9, 4]
+    with pytest.raises(CodecError, match="values up to 8, got 9"):
+        bits.unpack_rice_values(packed, 3, 8)
