@@ -133,7 +133,8 @@ def step(r: Round, event: Event) -> tuple[Round, tuple[Action, ...]]:
     changed, actions = _apply(r, event)
     if len(changed.reported) >= changed.goal:
         return _settle(changed, "commit")
-    if not changed.awaited:
+    heard = len(changed.reported) + len(changed.left) + len(changed.declined)  # disjoint
+    if heard == len(changed.cohort):
         return _settle(changed, "commit" if changed.has_quorum else "abort")
     return changed, actions
 

@@ -11,6 +11,7 @@ from coordinator.config import Config
 from coordinator.task import Task
 from edge_sdk.errors import BundleError, ConfigError
 
+PAGE = Path(__file__).parents[2] / "docs/reference/coordinator-config.md"
 GOOD = """
 broker = "mqtts://hub.farm.example"
 store = "state"
@@ -131,3 +132,15 @@ def test_a_bundle_is_read_when_the_task_is_loaded(tmp_path: Path) -> None:
 def test_a_task_needs_some_budget() -> None:
     with pytest.raises(ConfigError, match="epochs, steps or seconds"):
         Task("t", "x.fedge", epochs=None)
+
+
+def test_every_key_is_documented() -> None:
+    text = PAGE.read_text()
+    keys = {*config._TOP, *config._TASK, *config._BUDGET} - {"task"}
+    keys |= {"cohort", "quorum", "deadline_s", "count", "overselect", "select_s"}
+    assert [key for key in sorted(keys) if f"`{key}`" not in text] == []
+
+
+def test_the_example_of_the_documentation_is_sound(tmp_path: Path) -> None:
+    example = PAGE.read_text().split("```toml\n")[1].split("```")[0]
+    assert load(tmp_path, example).tasks[0][0].name == "pump-anomaly"
