@@ -8,6 +8,7 @@ and one by one, and is refused by name.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -101,8 +102,9 @@ def _prove(proto: onnx.ModelProto) -> None:
         runs = session(proto.SerializeToString())
         together, *alone = (run(runs, rows) for rows in (x, *np.split(x, len(x))))
     except Exception as error:  # the runtime raises bare C++ exceptions of many kinds
-        text = " ".join(str(error).split())[:300]
-        raise CompileError(f"expected a model that runs on any batch: {text}; {_ADVICE}") from error
+        raise CompileError(
+            f"expected a model that runs on a batch of {len(x)}: {_cause(error)}; {_ADVICE}"
+        ) from error
     if together.shape[:1] != (len(x),) or any(row.shape[:1] != (1,) for row in alone):
         raise CompileError(
             f"expected an output of shape [batch, ...], {len(x)} examples gave "
@@ -116,6 +118,13 @@ def _prove(proto: onnx.ModelProto) -> None:
             f"expected each example's output to depend on that example alone, it depends on the "
             f"others in the batch: {_ADVICE}"
         )
+
+
+def _cause(error: Exception) -> str:
+    """Return the node at which the runtime failed, or the end of what it says."""
+    text = " ".join(str(error).split())
+    node = re.search(r"running (\S+) node\. Name:'([^']*)'", text)
+    return f"{node[1]} node {node[2]!r} fails" if node else text[-200:]
 
 
 def _sample(value: Value) -> NDArray[Any]:

@@ -25,6 +25,7 @@ def build_main(argv: Sequence[str]) -> int:
         train=train,
         optimizer=_optimizer(args),
         proximal=args.proximal,
+        headroom=args.headroom,
         name=args.name,
     )
     bundle.save(args.output)
@@ -69,6 +70,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--nesterov", action="store_true", help="look ahead with momentum")
     add("--clip", type=float, metavar="NORM", help="largest joint norm of a step's gradients")
     add("--proximal", action="store_true", help="allow a FedProx term")
+    add(
+        "--headroom",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="widen the range of an int8 model's logits by this factor (default 1)",
+    )
     add("--name", help="of the bundle (default: the file's)")
     add("--json", action="store_true", help="print path, digest and size for machines")
     return parser

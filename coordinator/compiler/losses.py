@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from coordinator.compiler.emit import Emit
 from coordinator.compiler.graph import Graph
+from coordinator.compiler.passes import is_identity
 from edge_sdk.errors import CompileError
 
 
@@ -129,7 +130,7 @@ def logits_of(graph: Graph, loss: Loss) -> str:
             if node.kind == "Sigmoid" or node.attr("axis", -1) in {-1, rank - 1}:
                 return node.inputs[0]
             break
-        if node.kind not in {"Identity", "QuantizeLinear", "DequantizeLinear"}:
+        if node.kind not in {"QuantizeLinear", "DequantizeLinear"} and not is_identity(graph, node):
             break
         name = node.inputs[0]
     return graph.outputs[0].name

@@ -42,20 +42,32 @@ def drop_unused(graph: Graph) -> Graph:
 
 
 def drop_identities(graph: Graph) -> Graph:
-    """Let readers of an Identity, or of a Dropout that predicts, read its input.
+    """Let readers of an Identity, of a Reshape that changes nothing and their like read past it.
 
-    Requires: nodes in topological order. Ensures: only outputs of the graph are made by Identity.
+    Requires: nodes in topological order. Ensures: such nodes only make outputs of the graph.
     """
     outputs = {value.name for value in graph.outputs}
     alias: dict[str, str] = {}
     kept = []
     for old in graph.nodes:
         node = _reading(old, alias)
-        if _is_identity(graph, node) and node.outputs[0] not in outputs:
+        if is_identity(graph, node) and node.outputs[0] not in outputs:
             alias[node.outputs[0]] = node.inputs[0]
         else:
             kept.append(node)
     return replace(graph, nodes=tuple(kept))
+
+
+def is_identity(graph: Graph, node: Node) -> bool:
+    """Tell whether a node's output is its input: by name, by shape, or for want of training."""
+    if node.kind == "Identity":
+        return True
+    if node.kind in {"Flatten", "Reshape"}:
+        before, after = (graph.shape(name) for name in (node.inputs[0], node.outputs[0]))
+        return before is not None and before == after and before.count(None) <= 1
+    training = graph.initializers.get(node.input(2)) if node.input(2) else np.False_
+    one_output = not any(graph.uses.get(name) for name in node.outputs[1:])
+    return node.kind == "Dropout" and training is not None and not training and one_output
 
 
 def merge_equal(graph: Graph) -> Graph:
@@ -158,14 +170,6 @@ def _reading(node: Node, alias: Mapping[str, str]) -> Node:
     if not alias.keys() & set(node.inputs):
         return node
     return replace(node, inputs=tuple(alias.get(name, name) for name in node.inputs))
-
-
-def _is_identity(graph: Graph, node: Node) -> bool:
-    if node.kind == "Identity":
-        return True
-    training = graph.initializers.get(node.input(2)) if node.input(2) else np.False_
-    one_output = not any(graph.uses.get(name) for name in node.outputs[1:])
-    return node.kind == "Dropout" and training is not None and not training and one_output
 
 
 def _merge_stored(

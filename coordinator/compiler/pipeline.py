@@ -19,10 +19,11 @@ from coordinator.compiler.batch import free_batch
 from coordinator.compiler.choose import select
 from coordinator.compiler.explain import cost
 from coordinator.compiler.graph import Graph, Value
+from coordinator.compiler.headroom import widen
 from coordinator.compiler.load import load
 from coordinator.compiler.losses import Loss, from_name, logits_of
 from coordinator.compiler.optim import Optimizer, sgd
-from coordinator.compiler.passes import drop_unused
+from coordinator.compiler.passes import drop_identities, drop_unused
 from coordinator.compiler.predict import predict_model
 from coordinator.compiler.train import evaluate_graph, open_weights, train_graph
 from coordinator.compiler.weights import Weight, find_weights
@@ -42,6 +43,7 @@ def build(
     train: str | Sequence[str] = "all",
     optimizer: Optimizer = _DEFAULT,
     proximal: bool = False,
+    headroom: float = 1.0,
     name: str | None = None,
     engines: Sequence[str] = ("onnx",),
 ) -> Bundle:
@@ -55,6 +57,8 @@ def build(
             list of names and globs.
         optimizer: `sgd(lr=..)`, `momentum(0.9, lr=..)`, `adam(lr=..)`, or `chain(clip(1.0), ...)`.
         proximal: let devices be told to stay near the round's start (FedProx).
+        headroom: factor by which an int8 model's range of logits is widened, so that training may
+            make it surer than it was when its ranges were chosen; 1 leaves the model as it is.
         name: of the bundle; by default the file's or the graph's.
         engines: formats to write graphs for; "onnx" is the one there is.
 
@@ -64,9 +68,10 @@ def build(
     _check(optimizer, engines)
     rule = from_name(loss)
     proto = free_batch(load(model))
-    forward = Graph.from_model(proto)
-    forward = replace(forward, inputs=tuple(map(_open, forward.inputs)))
-    logits = logits_of(forward, rule)
+    forward, logits = _forward(proto, rule)
+    if headroom != 1.0:
+        proto = widen(proto, forward, logits, headroom)
+        forward, logits = _forward(proto, rule)
     reduced = drop_unused(replace(forward, outputs=(Value(logits),)))
     weights = select(reduced, train, logits)
     _check_float(weights)
@@ -128,6 +133,13 @@ def _check_float(weights: Sequence[Weight]) -> None:
     for weight in weights:
         if not np.isfinite(weight.value).all():
             raise CompileError(f"expected finite numbers in {weight.name!r}, got NaN or infinity")
+
+
+def _forward(proto: onnx.ModelProto, rule: Loss) -> tuple[Graph, str]:
+    """Return the forward graph and the tensor that the loss reads."""
+    graph = Graph.from_model(proto)
+    graph = drop_identities(replace(graph, inputs=tuple(map(_open, graph.inputs))))
+    return graph, logits_of(graph, rule)
 
 
 def _open(value: Value) -> Value:

@@ -55,12 +55,8 @@ def predict_model(
     patches = [_patch(i, w, at, scales) for i, w in enumerate(weights) if not _is_bias(w)]
     patches += [_bias_patch(b, index, at, scales) for b in biases]
     followed = {b.weight.source for b in biases}
-    for weight in weights:
-        if _is_bias(weight) and weight.source not in followed:
-            raise CompileError(
-                f"expected the int32 tensor {weight.name!r} to be the bias of a quantized Conv or "
-                "Gemm: freeze it"
-            )
+    lone = [(i, w) for i, w in enumerate(weights) if _is_bias(w) and w.source not in followed]
+    patches += [_fixed_patch(i, w, at, scales) for i, w in lone]
     return data, patches
 
 
@@ -108,6 +104,22 @@ def _bias_patch(
     if bias.layer.source in index:
         return {**patch, "weight": index[bias.layer.source]}
     return {**patch, "weight_scale": [float(s) for s in weight.scale]}
+
+
+def _fixed_patch(
+    i: int, weight: Weight, at: dict[str, int], scales: dict[str, str]
+) -> dict[str, Any]:
+    """Patch an int32 tensor that no integer kernel reads: 32 bits are enough on its old scale."""
+    scheme = _scheme(weight)
+    return {
+        "param": i,
+        "kind": "bias",
+        "offset": at[weight.source],
+        "scale_offset": at[scales[weight.source]],
+        "scales": len(scheme.scale),
+        "input_scale": 1.0,
+        "weight_scale": [float(s) for s in scheme.scale],
+    }
 
 
 def _scheme(weight: Weight) -> Quantized:

@@ -151,6 +151,24 @@ def test_a_model_that_mixes_its_batch_is_refused() -> None:
     refuse(squeezed.model(), r"any batch|batch, \.\.\.")
 
 
+def test_a_constant_as_large_as_the_batch_is_refused_by_its_node() -> None:
+    net = Net((1, 6)).dense("body", 6, 8)
+    net.weights["state"] = np.zeros((1, 8), np.float32)
+    net.add("Concat", "state", axis=1).dense("head", 16, 3)
+    refuse(net.model(), r"runs on a batch of 3: Concat node 'concat_1\.node' fails; export it with")
+
+
+def test_an_old_softmax_of_known_rank_is_still_left_to_the_loss() -> None:
+    net = Net(("N", 6), opset=11).dense("head", 6, 3)
+    net.add("Shape")
+    net.last = "gemm_0"
+    net.add("Reshape", "shape_1").add("Softmax", axis=1)
+    x, y = blobs((6,), 3)
+    plain = Net(("N", 6)).dense("head", 6, 3).model()
+    runs = [Steps(build(m, loss="cross_entropy")) for m in (net.model(), plain)]
+    assert runs[0].step(x, y) == pytest.approx(runs[1].step(x, y), rel=1e-6)
+
+
 def test_initializers_listed_as_inputs_are_weights() -> None:
     model = mlp()
     for tensor in model.graph.initializer:

@@ -257,6 +257,21 @@ def test_a_matmul_with_an_asymmetric_added_bias_trains() -> None:
         assert accuracy(came, y) == pytest.approx(told, abs=0.05)
 
 
+def test_an_int32_bias_outside_convolutions_trains_on_its_own_scale() -> None:
+    net = Net(("N", 1, 8, 8), opset=17).add("AveragePool", kernel_shape=[2, 2], strides=[2, 2])
+    names = [net.weight(f"bn.{n}", 1) for n in ("scale", "shift", "mean", "var")]
+    net.weights["bn.var"] = np.abs(net.weights["bn.var"]) + 1
+    net.add("BatchNormalization", *names).add("Flatten").dense("head", 16, 4)
+    model = quantized(net.model(), X)
+    run = Steps(build(model, loss="cross_entropy", train=["bn.shift", "head.*"]))
+    assert [p["kind"] for p in run.bundle.manifest["patches"]].count("bias") == 2
+    for _ in range(10):
+        run.step(X, LABELS, lr=0.1)
+    came = predict(export(run.bundle, run.params()), X)
+    seen = logits_of_training(run.bundle, run.params())
+    assert np.mean(np.abs(seen - came) < 0.5 * scale_of_output(predict_of(run.bundle))) > 0.9
+
+
 def integer_ends(model: onnx.ModelProto) -> onnx.ModelProto:
     """Make a QDQ model take and return int8, as TFLite's full-integer models do."""
     graph = model.graph
@@ -284,6 +299,43 @@ def test_a_model_of_int8_in_and_out_trains_on_floats() -> None:
     raw = np.rint(x / np.float32(ends[0]["scale"])) + ends[0]["zero_point"]
     out = predict(export(run.bundle, run.params()), np.clip(raw, -128, 127).astype(np.int8))
     assert out.dtype == np.int8
+
+
+def saturated(**options: Any) -> Steps:
+    model = quantized(cnn(opset=17), X)  # ranges of a model that knows nothing yet
+    return Steps(build(model, loss="cross_entropy", optimizer=momentum(0.9, lr=0.03), **options))
+
+
+def test_headroom_lets_logits_grow_past_the_range_they_were_quantized_for() -> None:
+    tight, roomy = saturated(), saturated(headroom=8.0)
+    losses = [[run.step(X, LABELS) for _ in range(80)][-1] for run in (tight, roomy)]
+    assert losses[0] > 0.4  # cut off: no logit may exceed its range
+    assert losses[1] < 0.1
+    steps = [scale_of_output(predict_of(run.bundle)) for run in (tight, roomy)]
+    assert steps[1] == pytest.approx(8 * steps[0])
+    came = predict(export(roomy.bundle, roomy.params()), X)
+    assert accuracy(came, LABELS) > 0.95
+
+
+def test_headroom_reaches_int8_outputs_and_their_manifest() -> None:
+    x, _ = blobs((6,), 3)
+    models = [integer_ends(quantized(mlp(opset=17), x)) for _ in range(2)]
+    one, four = (
+        build(m, loss="cross_entropy", headroom=h) for m, h in zip(models, (1.0, 4.0), strict=True)
+    )
+    assert four.manifest["output"]["scale"] == pytest.approx(4 * one.manifest["output"]["scale"])
+    assert four.manifest["input"] == one.manifest["input"]
+
+
+@pytest.mark.parametrize("headroom", [0.5, 0.0, -1.0, 1e9, float("nan")])
+def test_a_headroom_that_is_none_is_refused(headroom: float) -> None:
+    with pytest.raises(CompileError, match="headroom from 1 to 64"):
+        build(quantized(cnn(opset=17), X), loss="cross_entropy", headroom=headroom)
+
+
+def test_headroom_is_for_int8_logits() -> None:
+    with pytest.raises(CompileError, match="int8 logits"):
+        build(mlp(), loss="cross_entropy", headroom=2.0)
 
 
 def test_qoperator_format_is_refused_by_name() -> None:
