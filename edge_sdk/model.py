@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from edge_sdk import footprint
 from edge_sdk.bundle import Bundle
 from edge_sdk.engine import Predictor, open_engine
 from edge_sdk.errors import BundleError, EngineError
@@ -72,11 +73,14 @@ def open_model(
     except ValueError as error:
         raise BundleError(f"the weights are not of this bundle: {error}") from error
     graph = requantize(bundle, params, engine)
-    predictor = open_engine(bundle, engine, threads).predictor(graph)
+    opened = open_engine(bundle, engine, threads)
+    footprint.hand_back()  # importing the runtime cost what running it does not
+    predictor = opened.predictor(graph)
     shape = tuple(bundle.manifest["input"]["shape"])
     digest = hashlib.sha256(weights).hexdigest()
     model = Model(version, bundle.digest, digest, predictor, Feed(bundle.manifest), shape)
     _try(model)
+    footprint.hand_back()
     return model
 
 
