@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import paho.mqtt.client as paho
 import pytest
 
 from coordinator.broker import embedded
@@ -15,6 +16,9 @@ from edge_sdk.messages import Chunk, Invite, Update
 from edge_sdk.signing import DeviceKey
 from edge_sdk.transport.mqtt import Mqtt as DeviceMqtt
 
+pytestmark = pytest.mark.skipif(
+    not hasattr(paho.Client, "ack"), reason="the coordinator needs paho-mqtt 2"
+)
 KEY = DeviceKey.from_seed(bytes(32))
 HUB = DeviceKey.from_seed(b"\7" * 32)
 INVITE = Invite(1, 2, bytes(32), 60.0, [["int8"]], 5, None, None, 16, 0.05, None, 7)
@@ -282,8 +286,6 @@ def test_an_access_list_that_says_no_is_heard(
 
 
 def test_an_older_paho_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    import paho.mqtt.client as paho
-
     monkeypatch.delattr(paho.Client, "ack")
     with pytest.raises(ConfigError, match="needs paho-mqtt 2"):
         Mqtt("mqtt://127.0.0.1", "c")

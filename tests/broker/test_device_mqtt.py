@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import paho.mqtt.client as paho
 import pytest
 
 from edge_sdk import chunks, messages, topics
@@ -225,8 +226,10 @@ def test_a_broker_of_mqtt_5_that_ends_it_tells_why(until: Any) -> None:
             connection.sendall(bytes.fromhex("2003000000"))  # CONNACK
             until(lambda: mqtt.is_up, "the connection")
             connection.sendall(bytes.fromhex("e0028e00"))  # DISCONNECT, session taken over
-            until(lambda: mqtt.error, "its end")
-    assert "another connection took over this client id" in str(mqtt.error)
+        until(lambda: mqtt.error, "its end")
+    is_told = hasattr(paho, "CallbackAPIVersion")  # paho 1.6 does not read so short a packet
+    why = "another connection took over this client id" if is_told else "was lost"
+    assert why in str(mqtt.error)
     mqtt.close()
 
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import paho.mqtt.client as paho
 import pytest
 
 from coordinator import broker
@@ -18,6 +19,10 @@ from coordinator.mqtt import Mqtt
 from edge_sdk.errors import FedgeError, TransportError
 from edge_sdk.transport import mqtt as device_mqtt
 from edge_sdk.transport.mqtt import Mqtt as DeviceMqtt
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(paho.Client, "ack"), reason="the coordinator needs paho-mqtt 2"
+)
 
 
 def _answers(port: int) -> bool:
