@@ -72,41 +72,31 @@ def build(
     if headroom != 1.0:
         proto = widen(proto, forward, logits, headroom)
         forward, logits = _forward(proto, rule)
-    reduced = drop_unused(replace(forward, outputs=(Value(logits),)))
-    weights = select(reduced, train, logits)
-    _check_float(weights)
+    weights = select(drop_unused(replace(forward, outputs=(Value(logits),))), train, logits)
+    _check_finite(weights)
     opened = open_weights(forward, weights, logits)
     target = _target(opened.graph.outputs[0], rule)
     step, slots = train_graph(opened, rule, optimizer, target=target, is_proximal=proximal)
     measure = evaluate_graph(opened, rule, target=target)
     predict, patches = predict_model(proto, forward, weights)
-    total = sum(w.value.size for w in find_weights(forward))
     manifest = {
-        "format": "fedge-bundle/1",
         "name": name or _name(model, proto),
-        "producer": f"fedge {_version()}",
         "loss": rule.name,
         "train": train if isinstance(train, str) else list(train),
         "optimizer": optimizer.spec,
         "lr": optimizer.lr,
         "proximal": proximal,
-        "input": _port(forward, forward.inputs[0]),
-        "output": _port(forward, _batched(forward.outputs[0])),
         "target": {"dtype": rule.target, "shape": list(target.shape or ())},
-        "params": [{"name": w.name, "shape": list(w.value.shape)} for w in weights],
         "slots": [slot._asdict() | {"shape": list(slot.shape)} for slot in slots],
-        "graphs": {"ort": _GRAPHS},
         "patches": patches,
-        "cost": cost(forward, step, weights, total),
     }
-    values = [w.value.astype("<f4").tobytes() for w in weights]
     members = {
-        "params.bin": b"".join(values),
+        "params.bin": b"".join(w.value.astype("<f4").tobytes() for w in weights),
         _GRAPHS["predict"]: predict,
         _GRAPHS["train"]: _written(step),
         _GRAPHS["evaluate"]: _written(measure),
     }
-    return pack(manifest, members)
+    return pack(manifest | _described(forward, step, weights), members)
 
 
 def export(bundle: Bundle, params: Params) -> bytes:
@@ -129,7 +119,7 @@ def _check(optimizer: Optimizer, engines: Sequence[str]) -> None:
         )
 
 
-def _check_float(weights: Sequence[Weight]) -> None:
+def _check_finite(weights: Sequence[Weight]) -> None:
     for weight in weights:
         if not np.isfinite(weight.value).all():
             raise CompileError(f"expected finite numbers in {weight.name!r}, got NaN or infinity")
@@ -140,6 +130,20 @@ def _forward(proto: onnx.ModelProto, rule: Loss) -> tuple[Graph, str]:
     graph = Graph.from_model(proto)
     graph = drop_identities(replace(graph, inputs=tuple(map(_open, graph.inputs))))
     return graph, logits_of(graph, rule)
+
+
+def _described(forward: Graph, step: Graph, weights: Sequence[Weight]) -> dict[str, Any]:
+    """Return the part of the manifest that the graphs and weights tell by themselves."""
+    total = sum(w.value.size for w in find_weights(forward))
+    return {
+        "format": "fedge-bundle/1",
+        "producer": f"fedge {_version()}",
+        "input": _port(forward, forward.inputs[0]),
+        "output": _port(forward, _batched(forward.outputs[0])),
+        "params": [{"name": w.name, "shape": list(w.value.shape)} for w in weights],
+        "graphs": {"ort": _GRAPHS},
+        "cost": cost(forward, step, weights, total),
+    }
 
 
 def _open(value: Value) -> Value:
