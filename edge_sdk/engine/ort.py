@@ -27,7 +27,9 @@ T = TypeVar("T")
 _ALIGN_BYTES = 64
 _ERRORS_ONLY = 3
 SETTINGS = {
-    "session.intra_op.allow_spinning": "0",  # a waiting thread sleeps: boards have a battery
+    # A waiting thread sleeps. Spinning is 10 % faster on an idle machine and 2 to 3 times slower on
+    # one that has anything else to do; a board does.
+    "session.intra_op.allow_spinning": "0",
     "session.inter_op.allow_spinning": "0",
     "session.use_device_allocator_for_initializers": "1",  # constants stay out of the arena
 }
@@ -56,7 +58,9 @@ class Ort:
         options.inter_op_num_threads = 1
         options.log_severity_level = _ERRORS_ONLY
         options.use_deterministic_compute = True
-        options.enable_cpu_mem_arena = False
+        options.enable_mem_pattern = (
+            False  # with the arena alone: 25 to 40 MiB less, 0 to 8 % slower
+        )
         for name, value in SETTINGS.items():
             options.add_session_config_entry(name, value)
         providers = ["CPUExecutionProvider"]
