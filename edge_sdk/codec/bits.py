@@ -115,7 +115,7 @@ def unpack_rice(data: bytes, count: int, limit: int) -> tuple[Ints, Ints, int]:
     """
     width = data[0] if data else 0
     low_size = size_of_fixed(count, width)
-    if not data or (1 << width) > max(1, limit) or len(data) < 1 + low_size:
+    if not data or (1 << width) > 2 * max(1, limit) or len(data) < 1 + low_size:
         raise CodecError(f"expected {count} Rice codes within {limit}, got {len(data)} bytes")
     unary = data[1 + low_size :]
     if len(unary) > size_of_flags(count + (limit >> width)):

@@ -194,7 +194,7 @@ def _read_floats(data: bytes, _shapes: Shapes, count: int) -> Lattice:
     largest = float(np.abs(flat).max(initial=0.0))
     if not math.isfinite(largest):
         raise CodecError("expected finite numbers, got NaN or infinity; the body is damaged")
-    exponent = max(math.frexp(largest)[1] - 30, -1000)
+    exponent = math.frexp(largest)[1] - 30
     q = np.rint(np.ldexp(flat.astype(np.float64), -exponent)).astype(np.int32)
     return Lattice(None, q, math.ldexp(1.0, exponent))
 

@@ -94,6 +94,14 @@ def test_any_number_of_positions_makes_the_trip(k: int) -> None:
     np.testing.assert_array_equal(body.dense(got, 1360), expected)
 
 
+def test_a_single_change_anywhere_makes_the_trip() -> None:
+    for count in range(1, 600):
+        for at in {0, count // 2, count - 1}:
+            sent = codec.Lattice(np.array([at]), np.array([-3], np.int32), 1.0)
+            got = codec.lattice(body.write(sent, {"w": (count,)}), {"w": (count,)})
+            assert np.flatnonzero(body.dense(got, count)).tolist() == [at]
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_lattice_makes_the_trip(data: st.DataObject) -> None:
