@@ -155,7 +155,7 @@ def _npz(path: Path) -> Rows:
     import zipfile
 
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             if sum(info.file_size for info in arrays.zip.infolist()) > MAX_FILE_BYTES:
                 raise ValueError(f"expected at most {MAX_FILE_BYTES >> 20} MiB unpacked; split it")
             if not {"x", "y"} <= set(arrays.files):
