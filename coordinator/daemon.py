@@ -95,7 +95,7 @@ async def _broker(config: Config) -> AsyncIterator[str]:
         return
     from coordinator.broker import embedded
 
-    async with embedded(port=config.embedded_port) as url:
+    async with embedded(port=config.embedded_port, folder=config.store / "broker") as url:
         yield url
 
 

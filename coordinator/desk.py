@@ -43,6 +43,7 @@ class Verdict(NamedTuple):
 class RoundResult:
     """How a round ended. `version` is the task's version after it; an abort leaves it as it was.
 
+    `is_expired` says that the deadline ended it, with `stragglers` still at work.
     `late` are the stragglers of earlier rounds whose updates this version holds. `metrics` has
     `loss` (of the reports, weighted by examples; NaN without any), `examples`, `bytes_up`, and
     `norm` (L2 of the change of the weights).
@@ -56,6 +57,7 @@ class RoundResult:
     declined: tuple[str, ...]
     stragglers: tuple[str, ...]
     late: tuple[str, ...]
+    is_expired: bool
     digest: str
     reason: str
     metrics: dict[str, float]
@@ -253,6 +255,7 @@ class Desk:
             declined=tuple(sorted(r.declined)),
             stragglers=tuple(sorted(r.stragglers)),
             late=() if version is None else tuple(sorted(late)),
+            is_expired=bool(r.stragglers) and len(r.reported) < r.goal,
             digest=after.digest.hex(),
             reason=reason,
             metrics=_metrics(mine) | {"norm": norm},

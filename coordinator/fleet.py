@@ -38,6 +38,7 @@ class Fleet:
     completion: dict[str, float] = field(default_factory=dict)
     heard: set[str] = field(default_factory=set)
     """Devices whose status came since this coordinator started."""
+    _ready: dict[str, set[str]] = field(default_factory=dict)
 
     def status(self, seen: Known) -> bool:
         """Take in a status; False when it is outdated: an old session's will after a new birth.
@@ -52,6 +53,8 @@ class Fleet:
         if before is not None and seen.boot > before.boot:
             for ready in self.checked_in.values():
                 ready.pop(seen.device, None)
+        for task in self.checked_in:
+            self._sort_in(task, seen.device)
         return True
 
     def remember(self, known: Known) -> None:
@@ -61,10 +64,17 @@ class Fleet:
     def check_in(self, task: str, device: str, call: int, examples: int) -> None:
         """Note that `device` stands ready for `task`; it stays so until withdrawn or recalled."""
         self.checked_in.setdefault(task, {})[device] = Ready(call, examples)
+        self._sort_in(task, device)
 
     def withdraw(self, task: str, device: str) -> None:
         """Note that `device` is no longer ready for `task`."""
         self.checked_in.get(task, {}).pop(device, None)
+        self._sort_in(task, device)
+
+    def recall(self, task: str) -> None:
+        """Forget every check-in for `task`: a new call asks for them again."""
+        self.checked_in[task] = {}
+        self._ready[task] = set()
 
     def key(self, device: str) -> bytes | None:
         """Return the public key of a device, None for a stranger."""
@@ -80,10 +90,15 @@ class Fleet:
         """Whether the broker said that `device` is gone, rather than nothing about it yet."""
         return device in self.heard and not self.is_online(device)
 
-    def ready(self, task: str, call: int) -> list[str]:
-        """Return who answered this `call` and is online, sorted: same input, same cohort."""
-        standing = self.checked_in.get(task, {})
-        return sorted(d for d, r in standing.items() if r.call == call and self.is_online(d))
+    def ready(self, task: str) -> set[str]:
+        """Return who checked in for `task` and is online. Not to be changed by the caller."""
+        return self._ready.setdefault(task, set())
+
+    def _sort_in(self, task: str, device: str) -> None:
+        if device in self.checked_in.get(task, {}) and self.is_online(device):
+            self.ready(task).add(device)
+        else:
+            self.ready(task).discard(device)
 
     def completed(self, task: str, invited: int, reported: int) -> None:
         """Fold one settled round into the moving average of completion."""

@@ -177,9 +177,10 @@ class Intake:
         except Exception as error:  # noqa: BLE001  # whatever a message does, the rounds go on
             self._complain(device, "crashed", error)
             return
-        self.counters[answer.outcome] += 1
         if answer.outcome == "refused":
-            log.warning("update refused device=%s reason=%s", device, answer.reason)
+            self._complain(device, "refused", MessageError(answer.reason))
+        else:
+            self.counters[answer.outcome] += 1
         await self._publisher.receipt(desk, device, answer)
 
     async def _counted(self, desk: Desk, device: str, update: Update, signed: Signed) -> Receipt:

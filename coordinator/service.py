@@ -14,6 +14,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -178,6 +179,7 @@ class Coordinator:
         self._running.add(task.name)
         try:
             bundle = task.load()
+            self.fleet.recall(task.name)
             await self._settled()  # an update on its way into an earlier loop of the same task
             first = desks.first_version(task, bundle)
             digest = bytes.fromhex(bundle.digest)
@@ -214,25 +216,23 @@ class Coordinator:
         )
         await self._store.open_round(desk.task.name, stored)
         desk.open(stored, opened)
-        self._note_absent(desk, desk.call)
+        self._note_absent(desk, self.fleet.ready(desk.task.name))
         log.info("round open task=%s round=%d cohort=%d", desk.task.name, number, len(cohort))
         self._act(desk, actions)
 
-    def _note_absent(self, desk: Desk, call: int | None = None) -> None:
-        """Tell the open round who left, or withdrew from `call`, while nobody was listening."""
-        awaited = sorted(desk.current.awaited) if desk.current else []
-        ready = awaited if call is None else self.fleet.ready(desk.task.name, call)
-        for device in awaited:
+    def _note_absent(self, desk: Desk, ready: AbstractSet[str] | None = None) -> None:
+        """Tell the open round who left, or is no longer `ready`, while nobody was listening."""
+        for device in sorted(desk.current.awaited) if desk.current else ():
             if self.fleet.has_left(device):
                 self._act(desk, desk.apply(Left(device)))
-            elif device not in ready:
+            elif ready is not None and device not in ready:
                 self._act(desk, desk.apply(Declined(device)))
 
     async def _select(self, desk: Desk, pace: Pace, seed: int) -> Sequence[str]:
         quorum_since: float | None = None
         while True:
             desk.changed.clear()
-            ready, now = self.fleet.ready(desk.task.name, desk.call), self._clock.monotonic()
+            ready, now = self.fleet.ready(desk.task.name), self._clock.monotonic()
             if len(ready) < pace.quorum:
                 quorum_since = None
             elif quorum_since is None:
@@ -258,9 +258,14 @@ class Coordinator:
         await self._keep(desk, settled)
         desk.close(settled)
         result = settled.result
-        self.fleet.completed(desk.task.name, len(r.cohort), len(result.reported))
+        self._learn_completion(desk.task.name, result)
         _log_result(desk.task.name, result)
         return result
+
+    def _learn_completion(self, task: str, r: RoundResult) -> None:
+        """Note the share that completed; who was still at work when the goal was met is no loss."""
+        lost = len(r.left) + len(r.declined) + (len(r.stragglers) if r.is_expired else 0)
+        self.fleet.completed(task, len(r.reported) + lost, len(r.reported))
 
     async def _keep(self, desk: Desk, settled: Next) -> None:
         """Store what a round came to, however long the disk refuses."""

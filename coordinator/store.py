@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 from coordinator.fleet import Known
 from coordinator.writer import Writer
-from edge_sdk.errors import StoreError
+from edge_sdk.errors import ConfigError, StoreError
 
 SET_ASIDE = -1
 """`folded` of an update that no version will hold: its sum was not finite."""
@@ -128,7 +128,7 @@ class Store:
             first: version 0, used when the task is new.
             recent: how many of the latest rounds to return.
 
-        Raises: StoreError when the task was begun with another bundle.
+        Raises: ConfigError when the task was begun with another bundle.
         """
 
         def work(db: sqlite3.Connection) -> Resumed:
@@ -266,7 +266,7 @@ def _create(db: sqlite3.Connection, task: str, bundle: bytes, first: Version) ->
     known = db.execute("SELECT bundle FROM tasks WHERE task = ?", (task,)).fetchone()
     if known is not None:
         if known[0] != bundle:
-            raise StoreError(
+            raise ConfigError(
                 f"task {task} was begun with bundle {known[0].hex()[:12]}, not "
                 f"{bundle.hex()[:12]}: give the new bundle a new task name"
             )

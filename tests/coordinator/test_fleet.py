@@ -13,9 +13,10 @@ def test_a_device_is_ready_when_online_and_checked_in_for_the_call() -> None:
     for device in ("b", "a", "away"):
         fleet.status(born(device, online=device != "away"))
         fleet.check_in("t", device, 3, 10)
-    assert fleet.ready("t", 3) == ["a", "b"]
-    assert fleet.ready("t", 4) == []
-    assert fleet.ready("other", 3) == []
+    assert fleet.ready("t") == {"a", "b"}
+    assert not fleet.ready("other")
+    fleet.recall("t")
+    assert not fleet.ready("t")
 
 
 def test_a_check_in_outlives_a_lost_connection_but_not_a_restart() -> None:
@@ -23,11 +24,11 @@ def test_a_check_in_outlives_a_lost_connection_but_not_a_restart() -> None:
     fleet.status(born("a"))
     fleet.check_in("t", "a", 1, 10)
     fleet.status(born("a", online=False))
-    assert fleet.ready("t", 1) == []
+    assert not fleet.ready("t")
     fleet.status(born("a"))
-    assert fleet.ready("t", 1) == ["a"]
+    assert fleet.ready("t") == {"a"}
     fleet.status(born("a", boot=2))
-    assert fleet.ready("t", 1) == []
+    assert not fleet.ready("t")
 
 
 def test_the_will_of_an_old_session_does_not_take_a_new_one_away() -> None:
@@ -43,7 +44,7 @@ def test_a_device_withdraws() -> None:
     fleet.check_in("t", "a", 1, 10)
     fleet.withdraw("t", "a")
     fleet.withdraw("t", "stranger")
-    assert fleet.ready("t", 1) == []
+    assert not fleet.ready("t")
 
 
 def test_a_remembered_device_has_a_key_but_is_not_online() -> None:

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,13 @@ import numpy as np
 import pytest
 from fake_fleet import BUNDLE, FakeDevice, World, body
 
-from coordinator import ledger, pacing
+import coordinator as coordinator_package
+from coordinator import aggregators, ledger, pacing
 from coordinator.pacing import Pace
 from coordinator.service import Coordinator
 from coordinator.strategy import fedadam, fedavg
 from coordinator.task import Task
-from edge_sdk import codec, messages, params, topics
+from edge_sdk import chunks, codec, messages, params, topics
 from edge_sdk.errors import ConfigError, StoreError
 from edge_sdk.messages import Update
 from edge_sdk.signing import DeviceKey
@@ -573,3 +576,158 @@ def test_a_message_that_breaks_the_code_is_counted_and_the_round_goes_on(
         assert all(body(1000)[10:30].hex() not in r.getMessage() for r in caplog.records)
 
     play(tmp_path, story)
+
+
+def test_a_check_in_that_overtakes_its_status_is_kept(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        device = FakeDevice(world.broker, 1)
+        device.checks_in = False
+        async with world.coordinator((task(), pace(1, 1, 1))) as coordinator:
+            await world.until(lambda: topics.offer("t") in world.broker.retained)
+            device.transport = world.broker.transport(device.id)
+            device.transport.start(device._take, lambda _up: None)
+            device.transport.subscribe(topics.offer("t"), topics.down_filter("t", device.id))
+            await world.until(lambda: "t" in device.offers)
+            device.check_in()
+            await world.until(lambda: coordinator.counters["stranger"] == 1)
+            device.send(device.status(online=True), topics.status(device.id), retain=True)
+            await world.until(invited([device], 1))
+
+    play(tmp_path, story)
+
+
+def test_what_is_outdated_or_meant_for_nobody_changes_nothing(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        devices = world.devices(2, ("t", "other"))
+        async with world.coordinator((task(), pace(3, 2, 1))) as coordinator:
+            await world.until(lambda: len(coordinator.fleet.ready("t")) == 2)
+            device = devices[0]
+            old = device.frame(
+                messages.CheckIn(call=99, ready=False, examples=5),
+                topics.up("t", device.id, "checkin"),
+            )
+            device.transport.publish(topics.up("t", device.id, "checkin"), old)
+            other = topics.up("other", device.id, "checkin")
+            check_in = messages.CheckIn(call=1, ready=True, examples=5)
+            coordinator._intake.take(other, device.frame(check_in, other))
+            device.boot = 0
+            device.send(device.status(online=False), topics.status(device.id))
+            await world.until(lambda: coordinator.counters["outdated"] == 2)
+            await world.until(lambda: coordinator.counters["unknown_task"] == 1)
+            assert len(coordinator.fleet.ready("t")) == 2
+
+    play(tmp_path, story)
+
+
+def test_a_transfer_that_is_announced_too_large_is_refused_before_it_is_held(
+    tmp_path: Path,
+) -> None:
+    async def story(world: World) -> None:
+        devices = world.devices(2)
+        async with world.coordinator((task(), pace(2, 2, 1))) as coordinator:
+            await world.until(invited(devices, 1))
+            size = 50 * 2**20
+            chunk = messages.Chunk(b"h" * 32, 0, 500, size, b"x" * (size // 500))
+            devices[0].send(chunk, topics.up("t", devices[0].id, "chunk"))
+            await world.until(lambda: coordinator.counters["malformed"] == 1)
+            assert coordinator._intake._assembler.bytes == 0
+            topic = topics.up("t", devices[0].id, "chunk")
+            forged = devices[0].frame(devices[0].update(), topics.up("t", devices[0].id, "update"))
+            forged = forged[:-64] + bytes(64)
+            for part in chunks.split(forged, 600):
+                devices[0].send(part, topic)
+            await world.until(lambda: coordinator.counters["forged"] == 1)
+
+    play(tmp_path, story)
+
+
+def test_a_commit_waits_for_the_disk_however_long_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story(world: World) -> None:
+        devices = world.devices(2)
+        async with world.coordinator((task(), pace(2, 2, 1))) as coordinator:
+            await world.until(invited(devices, 1))
+            refusals = 0
+
+            async def full(*_: object) -> None:
+                nonlocal refusals
+                refusals += 1
+                raise StoreError("cannot write the store: No space left on device")
+
+            with monkeypatch.context() as patch:
+                patch.setattr(coordinator._store, "commit", full)
+                for device in devices:
+                    device.report()
+                await world.until(lambda: refusals == 1)
+                world.clock.advance(2)
+                await world.until(lambda: refusals == 2)
+            assert not world.results
+            world.clock.advance(2)
+            await world.until(lambda: world.results)
+        assert world.results[0].version == 1
+
+    play(tmp_path, story)
+
+
+def test_an_update_that_would_overflow_the_sum_goes_into_the_version_after(
+    tmp_path: Path,
+) -> None:
+    calls = 0
+
+    def add(state: aggregators.Sum, update: codec.Lattice, weight: int) -> aggregators.Sum:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise aggregators.AccumulatorFull("expected a sum below 2**63")
+        return aggregators.add(state, update, weight)
+
+    plain = fedavg()
+    narrow = plain._replace(aggregator=plain.aggregator._replace(add=add))
+
+    async def story(world: World) -> None:
+        devices = world.devices(3)
+        async with world.coordinator((task(strategy=narrow), pace(3, 3, 2))):
+            await full_round(world, devices, 1)
+            await full_round(world, devices, 2)
+        assert [d.outcomes() for d in devices] == [["counted", "counted"]] * 3
+        (late,) = world.results[1].late
+        rows = {(u["round"], u["device"]): u["folded"] for u in ledger.updates(world.folder)}
+        assert sorted(rows.values()) == [1, 1, 2, 2, 2, 2]
+        assert rows[1, late] == 2
+
+    play(tmp_path, story)
+
+
+def test_meeting_the_goal_early_does_not_count_against_completion(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        devices = world.devices(6)
+        eager = pacing.rounds(cohort=4, deadline_s=60, count=2, overselect=1.5)
+        async with world.coordinator((task(), eager)) as coordinator:
+            await world.until(invited(devices, 1))
+            for device in devices[:4]:
+                device.report()
+            await world.until(lambda: world.results)
+            assert coordinator.fleet.completion_of("t") == 1.0
+            await world.until(invited(devices, 2))
+            for device in devices[:3]:
+                device.report(2)
+            await world.until(lambda: coordinator.counters["counted"] == 7)
+            world.clock.advance(61)
+            await world.until(lambda: len(world.results) == 2)
+            assert coordinator.fleet.completion_of("t") == pytest.approx(0.875)
+
+    play(tmp_path, story)
+
+
+def test_names_load_on_first_use() -> None:
+    code = (
+        "import sys, coordinator; assert 'numpy' not in sys.modules; "
+        "from coordinator import Coordinator, Task, fedadam, pacing, strategies; "
+        "assert 'onnx' not in sys.modules and 'aiohttp' not in sys.modules; "
+        "print(sorted(coordinator.__all__) == dir(coordinator))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "True\n", done.stderr
+    with pytest.raises(AttributeError, match="no attribute 'Nonsense'"):
+        _ = coordinator_package.Nonsense

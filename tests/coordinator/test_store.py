@@ -19,7 +19,7 @@ import pytest
 from coordinator import schema
 from coordinator.fleet import Known
 from coordinator.store import Store, StoredRound, StoredUpdate, Version
-from edge_sdk.errors import StoreError
+from edge_sdk.errors import ConfigError, StoreError
 
 BUNDLE = b"b" * 32
 FIRST = Version(0, 0, b"0" * 32, b"\x00" * 16, b"")
@@ -66,7 +66,7 @@ def test_a_new_task_starts_with_version_zero_and_each_start_is_a_new_call(store:
 def test_a_task_does_not_change_its_bundle(store: Store) -> None:
     async def story() -> None:
         await store.resume("t", BUNDLE, FIRST)
-        with pytest.raises(StoreError, match="new task name"):
+        with pytest.raises(ConfigError, match="new task name"):
             await store.resume("t", b"c" * 32, FIRST)
 
     asyncio.run(story())
