@@ -24,6 +24,7 @@ from edge_sdk.requantize import requantize
 from edge_sdk.types import Clock, Params
 
 _EVALUATE_BATCH = 256
+_MOST = 1e38  # what a float32 of the graph can hold
 
 
 class Fit(TypedDict):
@@ -197,15 +198,15 @@ class Trainer:
 
     def _lr(self, lr: float | None) -> float:
         rate = float(self._bundle.manifest["lr"] if lr is None else lr)
-        if not (math.isfinite(rate) and rate >= 0):
-            raise ConfigError(f"expected a learning rate from 0, got {rate}")
+        if not 0 <= rate <= _MOST:
+            raise ConfigError(f"expected a learning rate from 0 to {_MOST:g}, got {rate}")
         return rate
 
     def _mu(self, mu: float) -> float:
         if mu and not self._bundle.manifest["proximal"]:
             raise ConfigError("mu needs a bundle built with proximal=True; rebuild it or set mu=0")
-        if not (math.isfinite(mu) and mu >= 0):
-            raise ConfigError(f"expected mu from 0, got {mu}")
+        if not 0 <= mu <= _MOST:
+            raise ConfigError(f"expected mu from 0 to {_MOST:g}, got {mu}")
         return float(mu)
 
 

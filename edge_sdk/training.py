@@ -123,7 +123,7 @@ class ChildTrainer:
             raise TrainFailed(f"cannot start {self._command[0]}: {error.strerror}") from error
         if child.returncode != 0:
             raise TrainFailed(_reason(child.returncode, said, noise))
-        return TrainResult(**{**json.loads(said), "delta": job.delta})
+        return _result(said, job.delta)
 
     def _started(self) -> subprocess.Popen[str]:
         pipe = subprocess.PIPE
@@ -172,13 +172,21 @@ def _environment() -> dict[str, str]:
     return {**os.environ, **_LEAN, "PYTHONPATH": os.pathsep.join([home, path] if path else [home])}
 
 
+def _result(said: str, delta: Path) -> TrainResult:
+    """Read the last line: what else is loaded into the child may print before it."""
+    try:
+        return TrainResult(**{**json.loads(said.splitlines()[-1]), "delta": delta})
+    except (ValueError, IndexError, TypeError) as error:
+        raise TrainFailed(f"the training process answered {said[-200:]!r}; upgrade it") from error
+
+
 def _reason(code: int, said: str, noise: str) -> str:
     if code < 0:
         name = next((s.name for s in signal.Signals if s == -code), f"signal {-code}")
         return f"the training process was killed by {name}; is there enough memory?"
     try:
-        return str(json.loads(said)["error"])
-    except (ValueError, KeyError, TypeError):
+        return str(json.loads(said.splitlines()[-1])["error"])
+    except (ValueError, IndexError, KeyError, TypeError):
         lines = noise.split("\n") if noise else []
         last = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
         return f"the training process failed with code {code}: {last[:300]}"

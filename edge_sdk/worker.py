@@ -45,13 +45,16 @@ def train(request: Mapping[str, Any]) -> dict[str, Any]:
     """
     import numpy as np
 
-    from edge_sdk import files
+    from edge_sdk import files, footprint
     from edge_sdk.bundle import Bundle
+    from edge_sdk.engine import open_engine
     from edge_sdk.params import flatten, unflatten
     from edge_sdk.samples import Samples
     from edge_sdk.trainer import Trainer
 
     bundle = Bundle.load(request["bundle"])
+    open_engine(bundle)
+    footprint.hand_back()  # importing the runtime cost what running it does not
     trainer = Trainer(bundle, threads=request["threads"], seed=request["seed"])
     trainer.load_params(unflatten(_weights(request["weights"], bundle.shapes), bundle.shapes))
     with Samples.open(request["samples"]) as samples:
@@ -61,7 +64,7 @@ def train(request: Mapping[str, Any]) -> dict[str, Any]:
     if not np.isfinite(delta).all():
         raise ValueError("training ended in weights that are not finite; lower the learning rate")
     files.write(Path(request["delta"]), delta.astype("<f4").data)
-    return {**done, "examples": len(x), "peak_bytes": peak_bytes()}
+    return {**done, "examples": len(x), "peak_bytes": footprint.peak_kib() << 10}
 
 
 def _weights(path: str, shapes: Mapping[str, tuple[int, ...]]) -> Any:
@@ -73,18 +76,6 @@ def _weights(path: str, shapes: Mapping[str, tuple[int, ...]]) -> Any:
     if size != expected:
         raise ValueError(f"expected {expected} bytes of weights in {path}, got {size}")
     return np.fromfile(path, "<f4").astype(np.float32, copy=False)
-
-
-def peak_bytes() -> int:
-    """Return the most memory this process has had in RAM, as the kernel counts it.
-
-    Not `ru_maxrss`: that one begins with what the parent had when it forked.
-    """
-    with Path("/proc/self/status").open() as status:
-        for line in status:
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) << 10
-    return 0
 
 
 def _die_with_parent() -> None:

@@ -208,6 +208,10 @@ def test_a_size_that_lies_takes_no_memory() -> None:
         ("patches.1.scales", 2, r"patches\[1\]."),
         ("cost.operators", {"Conv": "three"}, "cost.operators.Conv: "),
         ("optimizer", "sgd", "optimizer: "),
+        ("patches.1.scales", 1, r"patches\[1\].weight: "),
+        ("patches.1.param", None, r"patches\[1\].shape: expected a shape"),
+        ("input", [], "input: expected an object"),
+        ("cost", 3, "cost: expected an object"),
         ("train", float("nan"), "finite JSON"),
     ],
     ids=str,
@@ -242,6 +246,29 @@ def test_a_member_with_a_wrong_digest_is_named() -> None:
     table["ort/train.onnx"] = {**table["ort/train.onnx"], "sha256": "0" * 64}
     with pytest.raises(BundleError, match=r"member ort/train.onnx: its sha256"):
         Bundle.from_bytes(forged({"members": table}))
+
+
+def test_a_size_at_odds_with_the_member_is_named() -> None:
+    table = json.loads(sample().member("manifest.json"))["members"]
+    table["params.bin"] = {**table["params.bin"], "size": 1}
+    with pytest.raises(BundleError, match=r"members.params.bin.size: expected 212, got 1"):
+        Bundle.from_bytes(forged({"members": table}))
+
+
+def test_a_frozen_weights_scales_must_be_as_many_as_the_biases() -> None:
+    manifest, members = parts(sample())
+    del manifest["patches"][1]["weight"]
+    manifest["patches"][1]["weight_scale"] = [1.0, 2.0]
+    with pytest.raises(BundleError, match=r"weight_scale: expected 1 or 5 numbers, got 2"):
+        pack(manifest, members)
+    manifest["patches"][1] |= {"weight_scale": [1.0], "scales": 2}
+    with pytest.raises(BundleError, match=r"scales: expected 1 or 5, got 2"):
+        pack(manifest, members)
+
+
+def test_a_manifest_beyond_all_measure_is_refused_unread() -> None:
+    with pytest.raises(BundleError, match="at most"):
+        Bundle.from_bytes(archive.write({"manifest.json": bytes((4 << 20) + 1)}))
 
 
 def test_a_member_that_the_manifest_does_not_know_is_refused() -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from hand_bundles import examples, initial, mlp
 
+from edge_sdk import worker
 from edge_sdk.params import flatten, unflatten
 from edge_sdk.samples import Samples
 from edge_sdk.trainer import Trainer
@@ -213,6 +214,26 @@ def test_a_child_that_crashes_before_the_job_gives_its_last_words(tmp_path: Path
     fake.chmod(0o755)
     with pytest.raises(TrainFailed, match="code 3: the last words"):
         ChildTrainer(str(fake)).train(job_in(tmp_path, Budget()), threading.Event())
+
+
+@pytest.mark.parametrize("said", ["", "hello", '{"steps": 1}', "[]"])
+def test_an_answer_that_is_not_a_result_is_a_failure(tmp_path: Path, said: str) -> None:
+    fake = tmp_path / "python"
+    fake.write_text(f"#!/bin/sh\nprintf '%s' '{said}'\n")
+    fake.chmod(0o755)
+    with pytest.raises(TrainFailed, match="answered"):
+        ChildTrainer(str(fake)).train(job_in(tmp_path, Budget()), threading.Event())
+
+
+def test_weights_that_end_as_nan_never_leave_the_child(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = ChildTrainer()._request(job_in(tmp_path, Budget()))
+    real = Trainer.delta
+    monkeypatch.setattr(Trainer, "delta", lambda t: {k: v * np.nan for k, v in real(t).items()})
+    with pytest.raises(ValueError, match="not finite"):
+        worker.train(request)
+    assert not (tmp_path / "w.delta.bin").exists()
 
 
 def test_memory_that_runs_out_takes_the_child_alone(tmp_path: Path) -> None:
