@@ -136,8 +136,8 @@ class Link:
 
     def unsubscribe(self, filters: list[str]) -> None:
         """Drop topic filters."""
-        if filters:
-            self._client.unsubscribe(filters)
+        for i in range(0, len(filters), MAX_FILTERS):
+            self._client.unsubscribe(filters[i : i + MAX_FILTERS])
 
     def ack(self, mid: int) -> None:
         """Acknowledge a message, where `Hello.manual_ack` left that to us."""

@@ -170,6 +170,7 @@ class MemoryTransport:
         self.is_started = self.is_up = False
         self._broker = broker
         self._kept: dict[str, bytes] = {}
+        self._gone: tuple[str, ...] = ()  # unsubscribed, perhaps behind the session's back
         self._on_message: Callable[[str, bytes], None] = lambda _topic, _payload: None
         self._on_state: Callable[[bool], None] = lambda _is_up: None
 
@@ -202,6 +203,7 @@ class MemoryTransport:
         """Drop topic filters."""
         for pattern in filters:
             self.filters.pop(pattern, None)
+        self._gone += filters
         if self.is_up:
             self._broker.unsubscribe(self.client_id, list(filters))
 
@@ -217,6 +219,9 @@ class MemoryTransport:
     def tell(self, *, is_up: bool) -> None:
         """Tell the application that it is connected, or no longer."""
         if is_up and self.is_up:
+            gone = [pattern for pattern in self._gone if pattern not in self.filters]
+            self._broker.unsubscribe(self.client_id, gone)
+            self._gone = ()
             kept, self._kept = self._kept, {}
             for topic, payload in kept.items():
                 self.publish(topic, payload, retain=True)

@@ -17,11 +17,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from edge_sdk.errors import TransportError
 from edge_sdk.transport import Counters
 from edge_sdk.transport.endpoint import Endpoint
 from edge_sdk.transport.link import PACKET_ROOM, Hello, Link, Sink
+from edge_sdk.transport.packet_size import PacketSize
 from edge_sdk.transport.redial import LinkError, Redial
 
 log = logging.getLogger(__name__)
@@ -29,6 +31,13 @@ log = logging.getLogger(__name__)
 ANSWER_S = 5.0  # for a CONNACK
 GOODBYE_S = 2.0  # for what is queued at `close`
 _MAX_PACKET = 120_000
+
+
+class _Sent(NamedTuple):
+    topic: str
+    payload: bytes
+    retain: bool
+    at: float
 
 
 class Mqtt:
@@ -67,8 +76,7 @@ class Mqtt:
         self.counters = Counters()
         self.error: TransportError | None = None
         """Why there is no connection now, in one line; None when there is one."""
-        self.max_packet = _MAX_PACKET
-        """The largest payload to publish: ours, or less where the broker said so."""
+        self._size = PacketSize(_MAX_PACKET, keepalive_s)
         self._hello = Hello(client_id, will, keepalive_s, session_s)
         self._window, self._queue_bytes = window, queue_bytes
         jitter = rng or random.Random()  # noqa: S311 - spreads reconnects, guards nothing
@@ -78,7 +86,7 @@ class Mqtt:
         self._queue: deque[tuple[str, bytes, bool]] = deque()
         self._queued_bytes = 0
         self._wishes: deque[tuple[bool, list[str]]] = deque()  # (subscribe?, filters)
-        self._under_way: dict[int, tuple[str, bytes, bool]] = {}
+        self._under_way: dict[int, _Sent] = {}
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
@@ -107,6 +115,11 @@ class Mqtt:
         """Whether the broker has us now."""
         link = self._link
         return link is not None and link.is_up
+
+    @property
+    def max_packet(self) -> int:
+        """The largest payload to publish now; less where the broker or a slow link asks for it."""
+        return self._size.limit
 
     def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         """Queue a message, or drop it (counted) when offline or over the queue's limit.
@@ -205,7 +218,8 @@ class Mqtt:
                     return
             if link.is_up:
                 self._feed(link)
-            wait(0.1 if self._closing.is_set() else self._hello.keepalive_s / 6)
+            is_quiet = link.is_up and not self._closing.is_set()
+            wait(self._hello.keepalive_s / 6 if is_quiet else 0.1)
             link.tick()
 
     def _say_goodbye(self, now: float) -> float:
@@ -219,7 +233,7 @@ class Mqtt:
             with self._lock:
                 wish = self._wishes.popleft() if self._wishes else None
                 item = None
-                if wish is None and self._queue and len(self._under_way) < window:
+                if wish is None and self._queue and self._has_room(window):
                     item = self._queue.popleft()
                     self._queued_bytes -= len(item[1])
             if wish is not None:
@@ -230,9 +244,16 @@ class Mqtt:
             else:
                 return
 
+    def _has_room(self, window: int) -> bool:
+        """So much is under way at once that a ping behind it is answered in time."""
+        sent = self._under_way.values()
+        size = sum(len(one.payload) for one in sent) + len(self._queue[0][1])
+        return not sent or (len(sent) < window and size <= self._size.limit)
+
     def _send(self, link: Link, item: tuple[str, bytes, bool]) -> None:
         topic, payload, retain = item
-        self._under_way[link.publish(topic, payload, retain=retain)] = item
+        mid = link.publish(topic, payload, retain=retain)
+        self._under_way[mid] = _Sent(topic, payload, retain, time.monotonic())
         self.counters.messages_up += 1
         self.counters.bytes_up += len(payload)
 
@@ -241,12 +262,13 @@ class Mqtt:
         if link is None:
             return
         self.error = None
-        self.max_packet = max(512, min(_MAX_PACKET, link.server_packet - PACKET_ROOM))
+        self._size.allow(min(_MAX_PACKET, link.server_packet - PACKET_ROOM))
         self._redial.up(time.monotonic())
         log.info("mqtt is up: %s, MQTT %s", self.endpoint, "5" if link.version == 5 else "3.1.1")
         with self._lock:
-            self._wishes.clear()
-            self._wishes.append((True, list(self._filters)))
+            gone = [one for wanted, some in self._wishes if not wanted for one in some]
+            gone = [one for one in gone if one not in self._filters]  # the session may have them
+            self._wishes = deque([(True, list(self._filters)), (False, gone)])
             again = [(topic, payload, True) for topic, payload in self._retained.items()]
             self._queue.extendleft(reversed(again))
             self._queued_bytes += sum(len(payload) for _, payload, _ in again)
@@ -254,13 +276,16 @@ class Mqtt:
         _guarded(self._on_state, self._is_told_up)
 
     def _down(self, error: LinkError) -> float:
+        now = time.monotonic()
+        if self._under_way:
+            self._size.lost(now - min(sent.at for sent in self._under_way.values()))
         with self._lock:
             self.counters.dropped += sum(not retain for _, _, retain in self._queue)
             self._queue.clear()
             self._queued_bytes = 0
             self._under_way.clear()
         self.error = error
-        wait_s = self._redial.failed(error, time.monotonic())
+        wait_s = self._redial.failed(error, now)
         level = logging.WARNING if self._redial.is_news else logging.DEBUG
         log.log(level, "mqtt is down, next try in %.1f s: %s", wait_s, error)
         if self._is_told_up:
@@ -277,10 +302,13 @@ class Mqtt:
         if error is not None and error != self._refused:
             self._refused = error
             log.warning("mqtt at %s: %s", self.endpoint, error)
-        topic, payload, retain = self._under_way.pop(mid, ("", b"", False))
+        sent = self._under_way.pop(mid, None)
+        if sent is None:
+            return
+        self._size.acked(len(sent.payload), time.monotonic() - sent.at)
         with self._lock:
-            if retain and self._retained.get(topic) is payload:
-                del self._retained[topic]
+            if sent.retain and self._retained.get(sent.topic) is sent.payload:
+                del self._retained[sent.topic]
 
     def _knock(self, hello: Hello, version: int) -> None:
         link = Link(self.endpoint, hello, version, Sink(_nothing, _nothing, _nothing))

@@ -121,6 +121,24 @@ def test_a_session_outlives_a_restart_of_the_broker(
     assert again.got == [("t", b"while you were away")]
 
 
+def test_an_unsubscribe_reaches_a_session_that_a_former_process_left(
+    mosquitto: Any, client: Any, until: Any
+) -> None:
+    first = client(mosquitto.url, "a", "t", "u")
+    until(lambda: first.states == [True], "a connection")
+    first.mqtt.close()
+    got: list[str] = []
+    again, states = Mqtt(mosquitto.url, "a"), list[bool]()
+    again.unsubscribe("t")
+    again.start(lambda topic, _payload: got.append(topic), states.append)
+    until(lambda: states == [True], "another connection")
+    again.publish("t", b"x")
+    again.publish("u", b"x")
+    until(lambda: got, "what is still wanted")
+    assert got == ["u"]
+    again.close()
+
+
 def test_a_will_tells_of_a_death_and_of_a_goodbye(mosquitto: Any, client: Any, until: Any) -> None:
     watcher = client(mosquitto.url, "w", "will/#")
     dies = client(mosquitto.url, "dies", will=("will/dies", b"gone"))

@@ -119,6 +119,20 @@ def test_an_unsubscribed_topic_is_quiet() -> None:
     assert a.got == [("u", b"x")]
 
 
+def test_an_unsubscribe_reaches_a_session_that_a_former_process_left() -> None:
+    broker = MemoryBroker()
+    Client(broker, "a", "t", "u").transport.close()
+    again = broker.transport("a")
+    got: list[str] = []
+    again.unsubscribe("t")
+    again.start(lambda topic, _payload: got.append(topic), lambda _is_up: None)
+    broker.pump()
+    again.publish("t", b"x")
+    again.publish("u", b"x")
+    broker.pump()
+    assert got == ["u"]
+
+
 def test_fate_can_lose_and_double_messages() -> None:
     copies = {"t/lost": 0, "t/twice": 2}
     broker = MemoryBroker(fate=lambda _client, topic, _payload: copies.get(topic, 1))
