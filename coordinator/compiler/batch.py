@@ -98,8 +98,8 @@ def _freed(source: Shape | None, target: list[int], batch: int) -> list[int] | N
 def _prove(proto: onnx.ModelProto) -> None:
     """Run three examples together and one by one: the rows must agree."""
     x = _sample(Graph.from_model(proto).inputs[0])
+    runs = _opened(proto)
     try:
-        runs = session(proto.SerializeToString())
         together, *alone = (run(runs, rows) for rows in (x, *np.split(x, len(x))))
     except Exception as error:  # the runtime raises bare C++ exceptions of many kinds
         raise CompileError(
@@ -118,6 +118,15 @@ def _prove(proto: onnx.ModelProto) -> None:
             f"expected each example's output to depend on that example alone, it depends on the "
             f"others in the batch: {_ADVICE}"
         )
+
+
+def _opened(proto: onnx.ModelProto) -> Any:
+    try:
+        return session(proto.SerializeToString())
+    except Exception as error:  # the runtime raises bare C++ exceptions of many kinds
+        raise CompileError(
+            f"expected a model that onnxruntime loads: {_cause(error)}; export or quantize it again"
+        ) from error
 
 
 def _cause(error: Exception) -> str:

@@ -22,6 +22,7 @@ from edge_sdk.errors import CompileError
 OLDEST = 11
 """The oldest operator set that is read."""
 
+_LAST_SOUND = 20
 _QOPERATORS = frozenset(
     {
         "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear",
@@ -49,6 +50,19 @@ def load(model: str | Path | bytes | onnx.ModelProto) -> onnx.ModelProto:
     del proto.metadata_props[:], proto.graph.value_info[:]
     proto.doc_string = proto.graph.doc_string = ""
     return proto
+
+
+def for_training(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the model at the operator set that its training graph is written in.
+
+    From opset 21 on, onnxruntime's optimizer on x86 gives int8 pairs that it moves past a Transpose
+    of the backward pass a dtype that no longer fits them, and the graph does not load: int8 models
+    train at 20, the last before.
+    """
+    quantized = any(node.op_type == "QuantizeLinear" for node in proto.graph.node)
+    if not quantized or opset_of(proto) <= _LAST_SOUND:
+        return proto
+    return _converted(proto, _LAST_SOUND)
 
 
 def opset_of(proto: onnx.ModelProto) -> int:
@@ -105,15 +119,19 @@ def _tensors(node: onnx.NodeProto) -> list[onnx.TensorProto]:
 def _lowered(proto: onnx.ModelProto) -> onnx.ModelProto:
     """Bring a model that is too new for the oldest supported onnxruntime down to what it runs."""
     if opset_of(proto) > OPSET_CEILING:
-        try:
-            proto = version_converter.convert_version(proto, OPSET_CEILING)
-        except Exception as error:  # the converter raises bare C++ exceptions of many kinds
-            raise CompileError(
-                f"expected opset {OLDEST} to {OPSET_CEILING}, got {opset_of(proto)}, which does "
-                f"not convert ({_last_line(error)}): export the model at opset {OPSET_CEILING}"
-            ) from error
+        proto = _converted(proto, OPSET_CEILING)
     proto.ir_version = min(proto.ir_version, IR_VERSION)
     return proto
+
+
+def _converted(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
+    try:
+        return version_converter.convert_version(proto, opset)
+    except Exception as error:  # the converter raises bare C++ exceptions of many kinds
+        raise CompileError(
+            f"expected a model that converts from opset {opset_of(proto)} to {opset}: "
+            f"{_last_line(error)}; export the model at opset {opset}"
+        ) from error
 
 
 def _constants_to_initializers(graph: onnx.GraphProto) -> None:

@@ -20,7 +20,7 @@ from coordinator.compiler.choose import select
 from coordinator.compiler.explain import cost
 from coordinator.compiler.graph import Graph, Value
 from coordinator.compiler.headroom import widen
-from coordinator.compiler.load import load
+from coordinator.compiler.load import for_training, load
 from coordinator.compiler.losses import Loss, from_name, logits_of
 from coordinator.compiler.optim import Optimizer, sgd
 from coordinator.compiler.passes import drop_identities, drop_unused
@@ -127,7 +127,7 @@ def _check_finite(weights: Sequence[Weight]) -> None:
 
 def _forward(proto: onnx.ModelProto, rule: Loss) -> tuple[Graph, str]:
     """Return the forward graph and the tensor that the loss reads."""
-    graph = Graph.from_model(proto)
+    graph = Graph.from_model(for_training(proto))
     graph = drop_identities(replace(graph, inputs=tuple(map(_open, graph.inputs))))
     return graph, logits_of(graph, rule)
 

@@ -338,6 +338,53 @@ def test_headroom_is_for_int8_logits() -> None:
         build(mlp(), loss="cross_entropy", headroom=2.0)
 
 
+@pytest.mark.parametrize("train", ["all", "fc.*"])
+@pytest.mark.parametrize("opset", [11, 13, 19, 20, 21, 22])
+def test_int8_models_of_every_operator_set_train(opset: int, train: str) -> None:
+    run = Steps(build(quantized(cnn(opset=opset), X), loss="cross_entropy", train=train))
+    losses = [run.step(X, LABELS, lr=0.1) for _ in range(10)]
+    assert losses[-1] < losses[0]
+    assert predict(export(run.bundle, run.params()), X).shape == (64, 4)
+    predicts = onnx.load_from_string(predict_of(run.bundle))
+    assert predicts.opset_import[0].version == opset
+
+
+def test_channels_before_opset_13_are_refused() -> None:
+    with pytest.raises(CompileError, match=r"onnxruntime loads: .*quantize it again"):
+        build(quantized(cnn(opset=11), X, per_channel=True), loss="cross_entropy")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"WeightSymmetric": False},
+        {"ActivationSymmetric": True},
+        {"QuantizeBias": False},
+        {"DedicatedQDQPair": True},
+        {"OpTypesToExcludeOutputQuantization": ["Gemm"]},
+    ],
+)
+def test_the_quantizers_options_make_no_difference(options: dict[str, Any]) -> None:
+    model = quantized(cnn(opset=17), X, extra_options=options)
+    run = Steps(build(model, loss="cross_entropy", optimizer=momentum(0.9, lr=0.03)))
+    losses = [run.step(X, LABELS) for _ in range(30)]
+    assert losses[-1] < 0.7 * losses[0]
+    came = predict(export(run.bundle, run.params()), X)
+    told = int(evaluate(run.bundle, X, LABELS, run.params())["correct"]) / len(X)
+    assert accuracy(came, LABELS) == pytest.approx(told, abs=0.05)
+
+
+@pytest.mark.parametrize("operator", ["Conv", "Gemm"])
+def test_a_model_may_be_int8_in_part(operator: str) -> None:
+    model = quantized(cnn(opset=17), X, op_types_to_quantize=[operator])
+    run = Steps(build(model, loss="cross_entropy", optimizer=momentum(0.9, lr=0.03)))
+    kinds = {p["kind"] for p in run.bundle.manifest["patches"]}
+    assert kinds == {"float32", "quantized", "bias"}
+    losses = [run.step(X, LABELS) for _ in range(30)]
+    assert losses[-1] < 0.7 * losses[0]
+    export(run.bundle, run.params())
+
+
 def test_qoperator_format_is_refused_by_name() -> None:
     model = quantized(cnn(opset=17), X, qdq=False)
     with pytest.raises(CompileError, match=r"QOperator format.*QuantFormat\.QDQ"):
