@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from coordinator.compiler.emit import Emit
 from coordinator.compiler.graph import Node
-from coordinator.compiler.rules.formulations import FILTER, INPUT, SERVES, Layer
-from coordinator.compiler.rules.window import Ints, Window, spatial, window_of
+from coordinator.compiler.rules.formulations import FILTER, INPUT
+from coordinator.compiler.rules.window import Ints, Layer, Window, spatial, window_of
 from coordinator.compiler.vjp import Grads, vjp
 from edge_sdk.errors import CompileError
 
@@ -37,9 +37,10 @@ def choose(layer: Layer) -> Plan:
 def _choose_filter(layer: Layer) -> str:
     w = layer.window
     area, row = math.prod(w.out), w.out[-1]
-    if layer.group > 1:  # short rows make slices dear, long ones make im2col dear
-        taps = SERVES["taps"](layer) and set(w.strides) == {1} and row >= 12
-        return "taps" if taps else "swapped"
+    if layer.is_depthwise:
+        return "planes" if area <= 36 else "diagonals"
+    if layer.group > 1:
+        return "swapped"
     if layer.channels == 1:
         return "swapped"
     if w.taps == 1:

@@ -9,25 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, cast
 
 from coordinator.compiler.emit import Emit
-from coordinator.compiler.rules.window import Ints, Window, padded, tap_slices, transposed
-
-
-class Layer(NamedTuple):
-    """A convolution x [N, C, *size] * w [K, C/group, *kernel] -> y [N, K, *out]."""
-
-    batch: int | None
-    channels: int
-    filters: int
-    group: int
-    window: Window
-
-    @property
-    def is_depthwise(self) -> bool:
-        """Tell whether each filter sees one channel of its own group."""
-        return self.group == self.channels > 1
+from coordinator.compiler.rules import depthwise
+from coordinator.compiler.rules.window import (
+    Layer,
+    padded,
+    swapped_ends,
+    swapped_out,
+    tap_slices,
+    transposed,
+)
 
 
 def _input_transposed(e: Emit, g: str, weights: str, layer: Layer) -> str:
@@ -71,8 +63,7 @@ def _filter_swapped(e: Emit, x: str, g: str, layer: Layer) -> str:
         moved = e.Transpose(split, perm=[2, 1, 0, *range(3, rank + 3)])
         image = e.Reshape(moved, e.ints(inner, -1, *w.size))
     kernels = e.Transpose(g, perm=[1, 0, *rest])
-    spare = [max(s, 0) for s in w.spare]
-    ends = [max(f - s, 0) for f, s in zip(w.ends, spare, strict=True)]
+    ends, size = swapped_ends(w), swapped_out(w)
     found = e.Conv(
         image,
         kernels,
@@ -82,15 +73,10 @@ def _filter_swapped(e: Emit, x: str, g: str, layer: Layer) -> str:
         pads=(*w.begins, *ends),
         group=groups,
     )
-    found = e.declare(found, (inner, layer.filters, *_swapped_out(w, ends)))
-    if _swapped_out(w, ends) != w.kernel:
+    found = e.declare(found, (inner, layer.filters, *size))
+    if size != w.kernel:
         found = e.Slice(found, e.ints(*[0] * rank), e.ints(*w.kernel), e.ints(*rest))
     return e.Transpose(found, perm=[1, 0, *rest])
-
-
-def _swapped_out(w: Window, ends: list[int]) -> Ints:
-    rows = zip(w.size, w.begins, ends, w.out, w.strides, w.dilations, strict=True)
-    return tuple((size + b + f - (o - 1) * s - 1) // d + 1 for size, b, f, o, s, d in rows)
 
 
 def _filter_columns(e: Emit, x: str, g: str, layer: Layer) -> str:
@@ -137,48 +123,15 @@ def _filter_rows(e: Emit, x: str, g: str, layer: Layer) -> str:
     return _untapped(e, e.ReduceSum(products, e.ints(0), keepdims=0), layer)
 
 
-def _filter_taps(e: Emit, x: str, g: str, layer: Layer) -> str:
-    """Depthwise: multiply what each tap sees by g and sum, one tap after the other."""
-    w = layer.window
-    rank = len(w.kernel)
-    axes = e.ints(0, *range(2, rank + 2))
-    sums = [
-        e.ReduceSum(e.Mul(g, part), axes, keepdims=0) for part in tap_slices(e, padded(e, x, w), w)
-    ]
-    columns = e.Concat(*[e.Unsqueeze(s, e.ints(1)) for s in sums], axis=1)
-    return e.Reshape(columns, e.ints(layer.filters, 1, *w.kernel))
-
-
-def _filter_samples(e: Emit, x: str, g: str, layer: Layer) -> str:
-    """Depthwise at a known batch: one grouped convolution with a group per example and channel."""
-    w = layer.window
-    pairs = cast("int", layer.batch) * layer.channels
-    image = e.Reshape(x, e.ints(1, pairs, *w.size))
-    kernels = e.Reshape(g, e.ints(pairs, 1, *w.out))
-    ends = [max(f - max(s, 0), 0) for f, s in zip(w.ends, w.spare, strict=True)]
-    found = e.Conv(
-        image,
-        kernels,
-        strides=w.dilations,
-        dilations=w.strides,
-        pads=(*w.begins, *ends),
-        group=pairs,
-    )
-    rank = len(w.kernel)
-    if _swapped_out(w, ends) != w.kernel:
-        axes = e.ints(*range(2, rank + 2))
-        found = e.Slice(found, e.ints(*[0] * rank), e.ints(*w.kernel), axes)
-    split = e.Reshape(found, e.ints(-1, layer.filters, 1, *w.kernel))
-    return e.ReduceSum(split, e.ints(0), keepdims=0)
-
-
 FILTER: dict[str, Callable[[Emit, str, str, Layer], str]] = {
     "swapped": _filter_swapped,
     "columns": _filter_columns,
     "bands": _filter_bands,
     "rows": _filter_rows,
-    "taps": _filter_taps,
-    "samples": _filter_samples,
+    "diagonals": depthwise.diagonals,
+    "planes": depthwise.planes,
+    "taps": depthwise.taps,
+    "samples": depthwise.samples,
 }
 """Formulations of the filter gradient."""
 
@@ -193,10 +146,10 @@ SERVES: dict[str, Callable[[Layer], bool]] = {
     "columns": lambda layer: layer.group == 1,
     "bands": lambda layer: layer.group == 1,
     "rows": lambda layer: layer.group == 1,
-    "taps": lambda layer: layer.is_depthwise and layer.filters == layer.channels,
-    "samples": lambda layer: (
-        layer.is_depthwise and layer.filters == layer.channels and layer.batch is not None
-    ),
+    "diagonals": lambda layer: layer.is_depthwise,
+    "planes": lambda layer: layer.is_depthwise,
+    "taps": lambda layer: layer.is_depthwise,
+    "samples": lambda layer: layer.is_depthwise and layer.batch is not None,
     "transposed": lambda _: True,
     "flipped": lambda layer: layer.window.is_flippable,
 }

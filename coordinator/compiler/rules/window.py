@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The geometry that convolutions and poolings share: where a window stands, and its taps."""
+"""The geometry that convolutions and poolings share: windows, taps, layers."""
 
 from __future__ import annotations
 
@@ -69,6 +69,21 @@ class Window(NamedTuple):
         return set(self.strides) == {1} and all(x > b and x > f for x, b, f in rows)
 
 
+class Layer(NamedTuple):
+    """A convolution x [N, C, *size] * w [K, C/group, *kernel] -> y [N, K, *out]."""
+
+    batch: int | None
+    channels: int
+    filters: int
+    group: int
+    window: Window
+
+    @property
+    def is_depthwise(self) -> bool:
+        """Tell whether each channel has one filter of its own."""
+        return self.group == self.channels == self.filters > 1
+
+
 def spatial(e: Emit, n: Node, x: str) -> Ints:
     """Return the known spatial sizes of [N, C, ...]; raise CompileError where one is unknown."""
     sizes = e.dims(x)[2:]
@@ -131,6 +146,17 @@ def transposed(e: Emit, g: str, weights: str, w: Window, group: int) -> str:
         output_padding=tuple(max(s, 0) for s in w.spare),
         group=group,
     )
+
+
+def swapped_ends(w: Window) -> Ints:
+    """Return the end padding of the convolution of x with g that finds the filter's gradient."""
+    return tuple(max(f - max(s, 0), 0) for f, s in zip(w.ends, w.spare, strict=True))
+
+
+def swapped_out(w: Window) -> Ints:
+    """Return the output size of that convolution: at least the kernel's."""
+    rows = zip(w.size, w.begins, swapped_ends(w), w.out, w.strides, w.dilations, strict=True)
+    return tuple((size + b + f - (o - 1) * s - 1) // d + 1 for size, b, f, o, s, d in rows)
 
 
 def counts(w: Window, *, include_pad: bool) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
