@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compressed rounds learn as well as uncompressed ones: codec, fold and server step together."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+
+from coordinator import strategy
+from coordinator.aggregators import weight_of
+from edge_sdk import codec, params
+from edge_sdk.types import Params, Shapes
+
+SHAPES: Shapes = {"w0": (16, 48), "b0": (48,), "w1": (48, 6), "b1": (6,)}
+COUNT = params.count(SHAPES)
+
+
+def forward(p: Params, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    hidden = np.maximum(x @ p["w0"] + p["b0"], 0)
+    return hidden, hidden @ p["w1"] + p["b1"]
+
+
+def train(base: Params, x: np.ndarray, y: np.ndarray, lr: float = 0.1) -> Params:
+    p = {k: v.copy() for k, v in base.items()}
+    for at in range(0, len(x), 10):
+        xb, yb = x[at : at + 10], y[at : at + 10]
+        hidden, z = forward(p, xb)
+        g = np.exp(z - z.max(1, keepdims=True))
+        g /= g.sum(1, keepdims=True)
+        g[np.arange(len(yb)), yb] -= 1
+        g /= len(yb)
+        back = (g @ p["w1"].T) * (hidden > 0)
+        step = {"w0": xb.T @ back, "b0": back.sum(0), "w1": hidden.T @ g, "b1": g.sum(0)}
+        p = {k: v - np.float32(lr) * step[k] for k, v in p.items()}
+    return params.delta(p, base)
+
+
+@functools.cache
+def accuracy(name: str, how: str = "fedavg", rounds: int = 45) -> tuple[float, float]:
+    """Train 12 devices of skewed labels for some rounds; return accuracy and bytes an update."""
+    rng = np.random.default_rng(0)
+    teacher = {k: rng.standard_normal(s).astype("f4") for k, s in SHAPES.items()}
+    x = rng.standard_normal((3000, 16)).astype("f4")
+    y = forward(teacher, x)[1].argmax(1)
+    order = np.argsort(y[:1800] + 2.0 * rng.random(1800))  # neighbours in label, mixed a little
+    shards = np.array_split(order, 12)
+    s, c = strategy.from_spec(how), codec.preset(name)
+    states = [c.init(SHAPES, seed=i) for i in range(12)]
+    model = params.flatten({k: 0.3 * v for k, v in _start(rng).items()}, SHAPES)
+    memory, sent = s.server.init(COUNT), 0
+    for _ in range(rounds):
+        base, total = params.unflatten(model, SHAPES), s.aggregator.init(COUNT)
+        for i in rng.choice(12, 6, replace=False):
+            mine = rng.permutation(shards[i])
+            blob, pending = c.encode(train(base, x[mine], y[mine]), states[i])
+            states[i] = c.commit(pending)
+            sent += len(blob)
+            total = s.aggregator.add(total, codec.lattice(blob, SHAPES), weight_of(len(mine)))
+        model, memory = s.server.step(model, s.aggregator.result(total), memory)
+    z = forward(params.unflatten(model, SHAPES), x[1800:])[1]
+    return float((z.argmax(1) == y[1800:]).mean()), sent / (6 * rounds)
+
+
+def _start(rng: np.random.Generator) -> Params:
+    return {k: rng.standard_normal(s).astype("f4") * (len(s) > 1) for k, s in SHAPES.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "loss", "ratio"),
+    [("default", 0.03, 20), ("stateless", 0.03, 25), ("exact-ish", 0.015, 5)],
+)
+def test_a_codec_costs_little_accuracy_for_its_bytes(name: str, loss: float, ratio: float) -> None:
+    plain, dense_bytes = accuracy("dense")
+    got, sent = accuracy(name)
+    assert plain > 0.7
+    assert got >= plain - loss
+    assert dense_bytes / sent >= ratio
+
+
+@pytest.mark.parametrize("how", ["fedavgm", "fedadam", "fedyogi"], ids=str)
+def test_every_strategy_learns_from_compressed_updates(how: str) -> None:
+    assert accuracy("default", how)[0] > 0.65
