@@ -163,17 +163,17 @@ def _sides(shape: tuple[int, ...], turned: bool) -> tuple[int, int]:
 def _cheaper(local: Ints, height: int, width: int) -> Side:
     row, column = np.divmod(local, max(1, width))
     by_row = np.bincount(row, minlength=height)
-    by_column = np.bincount(column, minlength=width)
-    straight = _side(local, by_row, by_column, turned=False)
+    live = np.zeros(width, np.bool_)
+    live[column] = True
+    straight = _side(local, by_row, live, turned=False)
     if min(height, width) < 2 or not local.size:
         return straight
-    turned = _side(local, by_column, by_row, turned=True)
+    turned = _side(local, np.bincount(column, minlength=width), by_row > 0, turned=True)
     return turned if turned.cost_bits < straight.cost_bits else straight
 
 
-def _side(local: Ints, counts: Ints, by_column: Ints, *, turned: bool) -> Side:
+def _side(local: Ints, counts: Ints, live: NDArray[np.bool_], *, turned: bool) -> Side:
     """Cost one direction from its counts alone; nothing is sorted yet."""
-    live = by_column > 0
     columns = int(np.count_nonzero(live))
     full = counts[counts > 0]
     widths = _widths(np.full(full.size, columns), full)
