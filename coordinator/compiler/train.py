@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 import coordinator.compiler.rules  # noqa: F401  fills the table of gradients
+from coordinator.compiler.channels import turn
 from coordinator.compiler.dequant import drop_requantize, quantize_late, quantized_master
 from coordinator.compiler.emit import Emit
 from coordinator.compiler.graph import Graph, Value
@@ -77,7 +78,7 @@ def train_graph(
 
     Inputs x, y, lr, p.i, s.j and, if proximal, mu and a.i; outputs loss, p.i.next, s.j.next.
     """
-    e = Emit(opened.graph)
+    e = Emit(turn(opened.graph, opened.leaves))
     e.input("y", target.dtype or np.float32, target.shape)
     e.input("lr")
     made = loss.learn(e, opened.logits, "y")
