@@ -214,5 +214,5 @@ def _factor(step: float, weight: int) -> tuple[int, int]:
 def _scatter(total: NDArray[np.int64], update: Lattice, values: NDArray[np.int64]) -> None:
     if update.positions is None:
         total += values
-    else:
-        np.add.at(total, update.positions, values)
+    else:  # positions are unique, and np.add.at is 17 times slower before numpy 1.25
+        total[update.positions] += values

@@ -118,7 +118,7 @@ def _codec(stages: tuple[Stage, ...], *, feedback: bool) -> Codec:
                 BiasedCodec,
                 stacklevel=2,
             )
-        return State(dict(shapes), seed, 0, residual.none(shapes) if feedback else None)
+        return State(dict(shapes), seed % 2**63, 0, residual.none(shapes) if feedback else None)
 
     def encode(delta: Params, state: State) -> tuple[bytes, Pending]:
         flat = _with_residual(params.flatten(delta, state.shapes), state)

@@ -48,6 +48,13 @@ def test_a_residual_is_dropped_when_the_model_changes(shapes: Shapes) -> None:
     assert (again.seed, again.updates) == (state.seed, state.updates)
 
 
+def test_any_integer_is_a_seed() -> None:
+    c = codec.preset("stateless")
+    for seed in (-1, 0, 2**200):
+        state = c.init(SHAPES, seed=seed)
+        assert c.load(c.dump(state), SHAPES) == state
+
+
 def test_a_codec_without_feedback_takes_over_the_count_and_no_residual() -> None:
     c, state = after_one_update()
     again = codec.preset("stateless").load(c.dump(state), SHAPES)
