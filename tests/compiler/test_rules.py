@@ -84,3 +84,17 @@ def differentiable(op: str) -> list[int]:
     """Return the inputs that carry a gradient, by the operator's schema and our own list."""
     skipped = NO_GRADIENT.get(op, frozenset())
     return [i for i in range(len(defs.get_schema(op, OPSET_CEILING).inputs)) if i not in skipped]
+
+
+SEVERAL = [case for case in CASES if len(case.wrt) > 1]
+
+
+@pytest.mark.parametrize("case", SEVERAL, ids=titles(SEVERAL))
+def test_freezing_an_input_changes_no_other_gradient(case: Case) -> None:
+    upstream = upstream_for(case)
+    together = Gradient(case, dynamic=True)
+    grads = together(case.inputs, upstream)
+    for index, joint in zip(case.wrt, grads, strict=True):
+        alone = Gradient(replace(case, wrt=(index,)), dynamic=True)
+        assert len(alone.emit.nodes) <= len(together.emit.nodes)
+        assert_close(alone(case.inputs, upstream)[0], joint, 1e-6)
