@@ -188,7 +188,7 @@ def test_killed_in_mid_training_the_device_declares_itself_gone_and_joins_the_ne
     coordinator.publish_model(1, weights_of(BUNDLE, 0.125))
     until(lambda: is_ready(coordinator), within_s=20)
     coordinator.invite(board.device, epochs=None, steps=2**31)
-    until(lambda: board.status().get("state") == "training" or _trains(process.pid))
+    until(lambda: _trains(process.pid))
     process.kill()
     process.wait()
     until(lambda: not coordinator.statuses[-1].online)
@@ -200,6 +200,26 @@ def test_killed_in_mid_training_the_device_declares_itself_gone_and_joins_the_ne
     process.terminate()
     assert process.wait(10) == 0
     assert [update.round for update, _ in coordinator.updates] == [2]
+
+
+@pytest.mark.broker
+def test_sigterm_in_mid_training_is_a_clean_stop_within_five_seconds(
+    tmp_path: Path, broker: str, coordinator: Scripted
+) -> None:
+    board = Board(tmp_path, broker, coordinator_key=KEY.public.hex())
+    board.give()
+    process = board.start()
+    coordinator.publish_model(1, weights_of(BUNDLE, 0.125))
+    until(lambda: is_ready(coordinator), within_s=20)
+    coordinator.invite(board.device, epochs=None, steps=2**31)
+    until(lambda: _trains(process.pid))
+    asked = time.monotonic()
+    process.terminate()
+    assert process.wait(10) == 0, board.log.read_text()
+    assert time.monotonic() - asked < 5
+    until(lambda: not coordinator.statuses[-1].online)
+    assert board.status()["examples"] == 30
+    assert "Traceback" not in board.log.read_text()
 
 
 def _trains(pid: int) -> bool:
