@@ -43,10 +43,11 @@ class Fleet:
     def status(self, seen: Known) -> bool:
         """Take in a status; False when it is outdated: an old session's will after a new birth.
 
-        A device that started anew has forgotten its check-ins, so they are dropped.
+        A device that started anew has forgotten its check-ins, so they are dropped. One that says
+        it is here is believed, also when it lost count of its starts.
         """
         before = self.devices.get(seen.device)
-        if before is not None and seen.boot < before.boot:
+        if before is not None and seen.boot < before.boot and not seen.online:
             return False
         self.devices[seen.device] = seen
         self.heard.add(seen.device)

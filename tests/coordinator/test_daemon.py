@@ -50,6 +50,12 @@ def free_port() -> int:
 
 @pytest.fixture
 def broker(tmp_path: Path) -> Iterator[str]:
+    with mosquitto(tmp_path) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def mosquitto(tmp_path: Path) -> Iterator[str]:
     port = free_port()
     config = tmp_path / "mosquitto.conf"
     config.write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\n")
@@ -70,6 +76,10 @@ def _listens(port: int) -> bool:
 
 class RealDevice(FakeDevice):
     """The fake device on a real connection: it reports as soon as it is invited."""
+
+    def counted(self) -> list[int]:
+        """Rounds in which an update of ours is known to count."""
+        return [r.round for r in self.receipts if r.outcome in {"counted", "late", "duplicate"}]
 
     def __init__(self, url: str, index: int, *, reports: bool = True) -> None:
         super().__init__(None, index)  # type: ignore[arg-type]  # its broker is elsewhere
@@ -116,10 +126,12 @@ def write_config(folder: Path, broker: str, count: int) -> Path:
 
 
 @contextlib.contextmanager
-def daemon(config: Path, *args: str, **env: str) -> Iterator[subprocess.Popen[str]]:
+def daemon(
+    config: Path, *args: str, under: tuple[str, ...] = (), **env: str
+) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "coordinator", "run", "--config", str(config), *args]
     with subprocess.Popen(
-        command, env=os.environ | env, stderr=subprocess.PIPE, text=True
+        [*under, *command], env=os.environ | env, stderr=subprocess.PIPE, text=True
     ) as child:
         try:
             yield child
@@ -148,7 +160,9 @@ def test_the_daemon_trains_on_a_real_broker_and_ends_when_done(tmp_path: Path, b
 
 @pytest.mark.broker
 @needs_mosquitto
-def test_a_daemon_killed_in_mid_round_comes_to_the_same_model(tmp_path: Path, broker: str) -> None:
+def test_a_daemon_killed_in_mid_round_comes_to_the_same_model(
+    tmp_path: Path, broker: str, calm_digest: str
+) -> None:
     config = write_config(tmp_path, broker, 3)
     with fleet(broker) as devices:
         with daemon(config) as child:
@@ -168,14 +182,42 @@ def test_a_daemon_killed_in_mid_round_comes_to_the_same_model(tmp_path: Path, br
     assert all(u["folded"] for u in rows)
     assert [m["version"] for m in ledger.models(tmp_path / "store")] == [0, 1, 2, 3]
 
-    calm = tmp_path / "calm"
-    calm.mkdir()
-    config = write_config(calm, broker, 3)
-    with fleet(broker), daemon(config, "--exit-when-done") as child:
-        assert child.wait(30) == 0
-    digests = [ledger.models(f / "store")[-1]["digest"] for f in (tmp_path, calm)]
     assert len(rows) == 12
-    assert digests[0] == digests[1]
+    assert ledger.models(tmp_path / "store")[-1]["digest"] == calm_digest
+
+
+@pytest.fixture(scope="module")
+def calm_digest(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The model after three rounds in which nothing went wrong."""
+    folder = tmp_path_factory.mktemp("calm")
+    with (
+        mosquitto(folder) as url,
+        fleet(url),
+        daemon(write_config(folder, url, 3), "--exit-when-done") as child,
+    ):
+        assert child.wait(30) == 0
+    return str(ledger.models(folder / "store")[-1]["digest"])
+
+
+@pytest.mark.broker
+@pytest.mark.trace
+@needs_mosquitto
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+@pytest.mark.parametrize("nth", [2, 5, 7, 8, 9, 11])
+def test_killed_at_any_fsync_the_daemon_comes_to_the_same_model(
+    tmp_path: Path, calm_digest: str, nth: int
+) -> None:
+    fault = f"inject=fdatasync:signal=KILL:when={nth}"
+    strace = ("strace", "-f", "-qq", "--seccomp-bpf", "-o", "/dev/null", "-e", fault)
+    with mosquitto(tmp_path) as url, fleet(url) as devices:
+        config = write_config(tmp_path, url, 3)
+        with daemon(config, "--exit-when-done", under=strace) as child:
+            assert child.wait(60) == -signal.SIGKILL
+        with daemon(config, "--exit-when-done") as child:
+            assert child.wait(30) == 0
+        until(lambda: all(len(set(d.counted())) == 3 for d in devices))
+    assert ledger.models(tmp_path / "store")[-1]["digest"] == calm_digest
+    assert all(u["folded"] == u["round"] for u in ledger.updates(tmp_path / "store"))
 
 
 @pytest.mark.broker

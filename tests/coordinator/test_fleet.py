@@ -73,3 +73,10 @@ def test_a_device_that_was_not_heard_of_has_not_left() -> None:
     assert fleet.has_left("a")
     fleet.status(born("a"))
     assert not fleet.has_left("a")
+
+
+def test_a_device_that_lost_count_of_its_starts_is_still_believed() -> None:
+    fleet = Fleet()
+    fleet.status(born("a", boot=5, online=False))
+    assert fleet.status(born("a", boot=1))
+    assert fleet.is_online("a")
