@@ -123,8 +123,12 @@ class Agent:
 
     # --- from other threads -------------------------------------------------------------------
     def start(self) -> None:
-        """Begin; the broker may come later."""
+        """Begin, in a thread of its own; the broker may come later."""
         self._thread.start()
+        self.begin()
+
+    def begin(self) -> None:
+        """Connect, and leave it to the caller to take turns: for simulation."""
         self._transport.subscribe(
             topics.offer(self._settings.task),
             topics.down_filter(self._settings.task, self._key.id),

@@ -24,6 +24,7 @@ from edge_sdk.outbox import DEFAULT_CAP_BYTES, Outbox
 from edge_sdk.store import Store, default_state
 from edge_sdk.training import ChildTrainer, LocalTraining
 from edge_sdk.transport import Transport
+from edge_sdk.types import Clock
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -61,7 +62,7 @@ class Device:
         coordinator_key: the one coordinator to obey (32 bytes, or hex); without it, the first one
             that is met.
         ca_file, username, password: for the broker.
-        connect, trainer, root: ports, for tests and simulation.
+        connect, trainer, clock, root: ports, for tests and simulation.
 
     Raises: ConfigError, BundleError, StoreError or EngineError when it cannot work as asked.
     """
@@ -87,6 +88,7 @@ class Device:
         outbox_bytes: int = DEFAULT_CAP_BYTES,
         connect: Connect | None = None,
         trainer: LocalTraining | None = None,
+        clock: Clock = time,
         root: Path = Path("/"),
     ) -> None:
         self.when_updated: Callable[[Model], object] | None = None
@@ -124,7 +126,7 @@ class Device:
                 outbox=Outbox(self._store.outbox, outbox_bytes),
                 transport=self._transport,
                 trainer=trainer or ChildTrainer(),
-                clock=time,
+                clock=clock,
                 failpoints=failpoints,
                 on_updated=self._updated,
             )

@@ -113,10 +113,13 @@ class Store:
             return DeviceKey.load_or_create(path)
 
     def count_boot(self) -> int:
-        """Return a number that grows with each start."""
+        """Return a number that grows with each start, while the disk takes it."""
         path = self.folder / "boot"
         boot = (self._read(path, lambda data: max(0, int(data))) or 0) + 1
-        files.write(path, str(boot).encode(), mode=0o600)
+        try:
+            files.write(path, str(boot).encode(), mode=0o600)
+        except StoreError as error:  # a full disk must not keep the model from answering
+            log.warning("start not counted reason=%s", error)
         return boot
 
     def trusted(self) -> bytes | None:
@@ -146,8 +149,9 @@ class Store:
         return next(filter(None, (self.bundle(path.stem) for path in found)), None)
 
     def put_bundle(self, bundle: Bundle) -> None:
-        """Keep a bundle."""
-        files.write(self.bundle_path(bundle.digest), bundle.data, mode=0o600)
+        """Keep a bundle; writes nothing if it is here."""
+        if self.bundle(bundle.digest) is None:
+            files.write(self.bundle_path(bundle.digest), bundle.data, mode=0o600)
 
     def weights_path(self, digest: str) -> Path:
         """Return where weights are, or would be."""
@@ -164,9 +168,10 @@ class Store:
         return self._read(self.weights_path(digest), check, limit=None)
 
     def put_weights(self, data: bytes) -> str:
-        """Keep weights; return their sha256 in hex."""
+        """Keep weights; return their sha256 in hex. Writes nothing if they are here."""
         digest = hashlib.sha256(data).hexdigest()
-        files.write(self.weights_path(digest), data, mode=0o600)
+        if self.weights(digest) is None:
+            files.write(self.weights_path(digest), data, mode=0o600)
         return digest
 
     def model(self) -> ModelName | None:
@@ -174,8 +179,9 @@ class Store:
         return self._read(self.folder / "model.json", _model_name)
 
     def set_model(self, name: ModelName) -> None:
-        """Remember which model is in use."""
-        self._write_json("model.json", asdict(name))
+        """Remember which model is in use; writes nothing if that is known."""
+        if name != self.model():
+            self._write_json("model.json", asdict(name))
 
     def residual(self) -> Residual | None:
         """Return what the codec carries to the next update, if anything yet."""
@@ -222,7 +228,12 @@ class Store:
             ) from error
 
     def _take_lock(self) -> int:
-        handle = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            handle = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise StoreError(
+                f"cannot write in {self.folder}: {error.strerror}; correct its owner or the disk"
+            ) from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

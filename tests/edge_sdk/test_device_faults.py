@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A device on a bad network and on a full disk: nothing is lost, nothing counted twice."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hand_bundles import examples, mlp
+from scripted_coordinator import TASK, FakeTraining, Scripted, until, weights_of
+
+from edge_sdk import files
+from edge_sdk.device import Device
+from edge_sdk.errors import StoreError
+from edge_sdk.transport.memory import MemoryBroker
+
+BUNDLE = mlp(quantized=True)
+X, Y = examples(40)
+
+
+class Clock:
+    """Time that a test moves."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def fill(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "write_all", full)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_on_a_network_that_loses_and_doubles_each_update_is_settled_and_counted_once(
+    tmp_path: Path, seed: int
+) -> None:
+    rng, clock = np.random.default_rng(seed), Clock()
+    calm = [False]
+
+    def fate(_client: str, topic: str, _payload: bytes) -> int:
+        return 1 if calm[0] or "status" in topic else int(rng.choice([0, 1, 1, 2]))
+
+    broker = MemoryBroker(fate)
+    coordinator = Scripted(broker.transport("coordinator"), BUNDLE)
+    coordinator.start()
+    training = FakeTraining()
+    device = Device(
+        "memory",
+        task=TASK,
+        state=tmp_path,
+        bundle=BUNDLE,
+        connect=broker.transport,
+        trainer=training,
+        clock=clock,
+    )
+    device.learn_many(X, Y)
+    device._agent.begin()
+
+    def live(claim: Callable[[], object], steps: int = 400) -> None:
+        pause = threading.Event()
+        for _ in range(steps):
+            for _ in range(20):
+                broker.pump()
+                device._agent.turn(0)
+            if claim():
+                return
+            clock.now += float(rng.uniform(0, 30))
+            if not calm[0] and rng.random() < 0.1:
+                broker.cut(device.id)
+            elif rng.random() < 0.5:
+                broker.restore(device.id)
+            pause.wait(0.0005)
+        pytest.fail("it did not come true")
+
+    for version in range(1, 6):
+        coordinator.publish_model(version, weights_of(BUNDLE, 0.01 * version))
+        coordinator.invite(device.id)
+        live(lambda: rng.random() < 0.3)
+    calm[0] = True
+    coordinator.publish_model(9, weights_of(BUNDLE, 0.5))
+    live(lambda: device.version == 9 and device.online)
+    coordinator.call += 1
+    coordinator.offer()
+    live(lambda: coordinator.checkins and coordinator.checkins[-1].call == 2)
+    live(lambda: coordinator.checkins[-1].ready and device.state == "idle")
+    live(lambda: device.status()["outbox"] == 0)
+    coordinator.invite(device.id)
+    live(lambda: any(u.round == coordinator.round for u, _ in coordinator.updates))
+    live(lambda: device.status()["outbox"] == 0)
+    rounds: dict[int, set[bytes]] = {}
+    for update, name in coordinator.updates:
+        rounds.setdefault(update.round, set()).add(name)
+    assert all(len(names) == 1 for names in rounds.values())
+    assert len(rounds) == device.status()["rounds"] == len(training.jobs)
+    device.close()
+
+
+def test_a_full_disk_stops_training_but_never_predictions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker, clock = MemoryBroker(), Clock()
+    coordinator = Scripted(broker.transport("coordinator"), BUNDLE)
+    coordinator.start()
+    options: dict[str, Any] = {"connect": broker.transport, "trainer": FakeTraining()}
+    with Device(
+        "memory", task=TASK, state=tmp_path, bundle=BUNDLE, clock=clock, **options
+    ) as device:
+        device.learn_many(X, Y)
+        coordinator.publish_model(0, weights_of(BUNDLE))
+        until(lambda: coordinator.checkins and coordinator.checkins[-1].ready, broker)
+        before = device.predict(X)
+        with monkeypatch.context() as patch:
+            fill(patch)
+            coordinator.invite(device.id)
+            until(lambda: not coordinator.checkins[-1].ready, broker)
+            coordinator.publish_model(1, weights_of(BUNDLE, 0.25))
+            until(lambda: device._agent._session.fetch_retry.at > 0, broker)
+            np.testing.assert_array_equal(device.predict(X), before)
+            assert coordinator.updates == []
+        clock.now += 60
+        device._agent.poke()
+        until(lambda: device.version == 1, broker)
+        until(lambda: coordinator.checkins[-1].ready, broker)
+        coordinator.invite(device.id)
+        until(lambda: device.status()["receipts"] == {"counted": 1}, broker)
+
+
+def test_with_a_full_disk_a_known_device_starts_and_predicts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker = MemoryBroker()
+    options: dict[str, Any] = {"connect": broker.transport, "trainer": FakeTraining()}
+    with Device("memory", task=TASK, state=tmp_path, bundle=BUNDLE, **options) as device:
+        before = device.predict(X)
+    fill(monkeypatch)
+    with Device("memory", task=TASK, state=tmp_path, bundle=BUNDLE, **options) as device:
+        np.testing.assert_array_equal(device.predict(X), before)
+
+
+def test_a_state_folder_that_cannot_be_written_is_a_one_line_error(tmp_path: Path) -> None:
+    (tmp_path / "lock").mkdir()
+    with pytest.raises(StoreError, match="cannot write in"):
+        Device("mqtt://localhost", task=TASK, state=tmp_path, bundle=BUNDLE)
