@@ -69,10 +69,10 @@ def momentum(decay: float, lr: float, *, nesterov: bool = False) -> Optimizer:
 
     def emit(e: Emit, grads: list[str], slots: list[str]) -> Directions:
         by = e.const(decay)
-        kept = [e.Add(e.Mul(v, by), g) for v, g in zip(slots, grads, strict=True)]
+        kept = [e.Add(_scaled(e, v, by), g) for v, g in zip(slots, grads, strict=True)]
         if not nesterov:
             return Directions(kept, None, kept)
-        ahead = [e.Add(e.Mul(v, by), g) for v, g in zip(kept, grads, strict=True)]
+        ahead = [e.Add(_scaled(e, v, by), g) for v, g in zip(kept, grads, strict=True)]
         return Directions(ahead, None, kept)
 
     return Optimizer([["momentum", settings]], lr, lambda ps: _per_param("velocity", ps), emit)
@@ -99,7 +99,10 @@ def adam(lr: float, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Op
         squares = [
             _average(e, v, e.Mul(g, g), b2) for v, g in zip(slots[n : 2 * n], grads, strict=True)
         ]
-        tensors = [e.Div(m, e.Add(e.Sqrt(v), floor)) for m, v in zip(means, squares, strict=True)]
+        tensors = [
+            e.Div(m, e.Add(e.Sqrt(v), _ranked(e, floor, v)))
+            for m, v in zip(means, squares, strict=True)
+        ]
         return Directions(tensors, scale, [*means, *squares, count])
 
     return Optimizer([["adam", settings]], lr, slots_of, emit)
@@ -115,7 +118,7 @@ def clip(max_norm: float) -> Optimizer:
         total = squares[0] if len(squares) == 1 else e.Sum(*squares)
         bound = e.const(limit)
         by = e.Div(bound, e.Max(e.Sqrt(total), bound))
-        return Directions([e.Mul(g, by) for g in grads], None, [])
+        return Directions([_scaled(e, g, by) for g in grads], None, [])
 
     return Optimizer([["clip", limit]], None, lambda _: [], emit)
 
@@ -149,7 +152,7 @@ def chain(*parts: Optimizer) -> Optimizer:
 def descend(e: Emit, params: Sequence[str], lr: str, made: Directions) -> list[str]:
     """Emit ``p - lr * scale * direction`` and return the new parameters' names."""
     rate = lr if made.scale is None else e.Mul(lr, made.scale)
-    return [e.Sub(p, e.Mul(rate, d)) for p, d in zip(params, made.tensors, strict=True)]
+    return [e.Sub(p, _scaled(e, d, rate)) for p, d in zip(params, made.tensors, strict=True)]
 
 
 def proximal(
@@ -157,13 +160,31 @@ def proximal(
 ) -> list[str]:
     """Add the gradient of ``mu / 2 * |p - anchor|^2`` (FedProx, Li et al. 2020)."""
     return [
-        e.Add(g, e.Mul(mu, e.Sub(p, a))) for g, p, a in zip(grads, params, anchors, strict=True)
+        e.Add(g, _scaled(e, e.Sub(p, a), mu))
+        for g, p, a in zip(grads, params, anchors, strict=True)
     ]
 
 
 def _average(e: Emit, old: str, new: str, decay: float) -> str:
     """Emit ``decay * old + (1 - decay) * new``."""
-    return e.Add(e.Mul(old, e.const(decay)), e.Mul(new, e.const(1.0 - decay)))
+    return e.Add(_scaled(e, old, e.const(decay)), _scaled(e, new, e.const(1.0 - decay)))
+
+
+def _scaled(e: Emit, tensor: str, factor: str) -> str:
+    """Emit ``tensor * factor``, the factor having as many dimensions as the tensor.
+
+    With fewer, onnxruntime 1.32 goes through [256, 256, 1, 1] one element at a time: 0.42 ms
+    instead of 0.007.
+    """
+    return e.Mul(tensor, _ranked(e, factor, tensor))
+
+
+def _ranked(e: Emit, scalar: str, tensor: str) -> str:
+    ones = [1] * len(e.shape(tensor) or ())
+    value = e.value(scalar)
+    if not ones:
+        return scalar
+    return e.Reshape(scalar, e.ints(*ones)) if value is None else e.const(value.reshape(ones))
 
 
 def _corrections(e: Emit, count: str, b1: float, b2: float, eps: float) -> tuple[str, str]:
