@@ -28,22 +28,20 @@ def _quantize(e: Emit, n: Node, g: str) -> Grads:
     if n.attr("block_size", 0):
         raise CompileError(f"expected per-tensor or per-axis scales in {n.label}, got blocks")
     dtype = e.dtype(n.outputs[0]) or np.dtype(np.uint8)
-    low, high = (float(v) for v in (np.iinfo(dtype).min, np.iinfo(dtype).max))
-    step, point = e.value(scale), e.value(zero) if zero else np.zeros((), dtype)
-    if step is not None and point is not None and step.size == point.size == 1:
-        size, at = float(step.reshape(())), float(point.reshape(()))
-        edges = (low - at - 0.5) * size, (high - at + 0.5) * size
-        return (e.Mul(g, e.Mul(above(e, x, edges[0]), below(e, x, edges[1]))),)
+    low, high = np.iinfo(dtype).min - 0.5, np.iinfo(dtype).max + 0.5
+    step, shift = e.value(scale), e.value(zero) if zero else np.zeros((), dtype)
+    if step is not None and shift is not None and step.size == shift.size == 1:
+        edge, centre = float(step.flat[0]), float(shift.flat[0])
+        return (_inside(e, g, x, ((low - centre) * edge, (high - centre) * edge)),)
     along = n.attr("axis", 1) % max(e.rank(x), 1)
     steps = e.Div(x, _aligned(e, scale, x, along))
-    shift = e.value(zero) if zero else np.zeros((), dtype)
-    if shift is None or (shift.size and np.any(shift != shift.flat[0])):
+    if zero:
         steps = e.Add(steps, _aligned(e, e.Cast(zero, to=np.float32), x, along))
-        offset = 0.0
-    else:
-        offset = float(shift.flat[0])
-    inside = e.Mul(above(e, steps, low - offset - 0.5), below(e, steps, high - offset + 0.5))
-    return (e.Mul(g, inside),)
+    return (_inside(e, g, steps, (low, high)),)
+
+
+def _inside(e: Emit, g: str, x: str, edges: tuple[float, float]) -> str:
+    return e.Mul(e.Mul(g, above(e, x, edges[0])), below(e, x, edges[1]))
 
 
 def _aligned(e: Emit, vector: str, x: str, axis: int) -> str:
