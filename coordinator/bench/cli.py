@@ -15,17 +15,20 @@ EXAMPLES = """examples:
   fedge bench step --device                  memory of a device: the application and its training
   fedge bench codec                          bytes and milliseconds of an update
   fedge bench aggregate                      updates folded per second"""
+Tables = Mapping[str, Sequence[Mapping[str, Any]]]
+"""What a measurement gives: rows of named fields, by the name of their table."""
+
 MODELS = ("dscnn", "resnet8", "mobilenet", "autoencoder")
 
 
 def main(argv: Sequence[str]) -> int:
     """Run one measurement; returns the exit code."""
     args = _parser().parse_args(argv)
-    results = args.run(args)
+    tables: Tables = args.run(args)
     if args.json:
-        print(json.dumps(results, indent=2))
-    else:
-        print(_table(results))
+        print(json.dumps(tables, indent=2))
+        return 0
+    print("\n\n".join(_table(rows) for rows in tables.values()))
     return 0
 
 
@@ -50,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _kind(
-    kinds: Any, name: str, about: str, run: Callable[[argparse.Namespace], list[Mapping[str, Any]]]
+    kinds: Any, name: str, about: str, run: Callable[[argparse.Namespace], Tables]
 ) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = kinds.add_parser(name, help=about, description=about)
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -58,34 +61,34 @@ def _kind(
     return parser
 
 
-def _step(args: argparse.Namespace) -> list[Mapping[str, Any]]:
+def _step(args: argparse.Namespace) -> Tables:
     if args.device:
         from coordinator.bench import device
 
-        return [device.measure(args.model or "dscnn")]
+        return {"device": [device.measure(args.model or "dscnn")]}
     from coordinator.bench import step
 
     models = [args.model] if args.model else MODELS
     settings = {"batch": args.batch, "threads": args.threads, "repeat": args.repeat}
-    return [step.measure(model, loss=args.loss, **settings) for model in models]
+    return {"step": [step.measure(model, loss=args.loss, **settings) for model in models]}
 
 
-def _codec(args: argparse.Namespace) -> list[Mapping[str, Any]]:
+def _codec(args: argparse.Namespace) -> Tables:
     del args
     from coordinator.bench import codec
 
-    return codec.measure()
+    return {"codec": codec.measure(), "positions": codec.measure_positions()}
 
 
-def _aggregate(args: argparse.Namespace) -> list[Mapping[str, Any]]:
+def _aggregate(args: argparse.Namespace) -> Tables:
     del args
     from coordinator.bench import aggregate
 
-    return aggregate.measure()
+    return {"aggregate": aggregate.measure()}
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Lay results out: a column each, or a line each where there is one result of many fields."""
+    """Lay rows out below each other; a single row as one line a field."""
     if len(rows) == 1:
         width = max(len(name) for name in rows[0])
         return "\n".join(f"{name:<{width}}  {_cell(value)}" for name, value in rows[0].items())

@@ -109,11 +109,10 @@ def _agreed(peer: Child, ours: list[float]) -> tuple[Child | None, float | None,
         theirs = peer.run(BATCHES)["losses"]
     except EngineError as error:
         return None, None, str(error)
-    pairs = zip(ours, theirs, strict=True)
-    differ = max(abs(a - b) / max(1.0, abs(b)) for a, b in pairs)
-    if not differ <= AGREE:
-        raise EngineError(f"expected the same losses as torch within {AGREE}, got {differ:.2g}")
-    return peer, differ, ""
+    gaps = [abs(a - b) / max(1.0, abs(b)) for a, b in zip(ours, theirs, strict=True)]
+    if not all(gap <= AGREE for gap in gaps):  # NaN is no agreement
+        raise EngineError(f"expected the same losses as torch within {AGREE}, got gaps of {gaps}")
+    return peer, max(gaps), ""
 
 
 def _in_turn(ours: Child, peer: Child | None, repeat: int) -> tuple[Side, Side | None]:

@@ -17,9 +17,11 @@ if TYPE_CHECKING:
 def build(seed: int = 0) -> onnx.ModelProto:
     """Make the model: 9 signals of 128 samples to the logits of 6 activities; He weights."""
     net = Net("har", (9, 128), seed=seed)
-    y = net.relu(net.conv(net.x, "conv1", (32, 9, 5), stride=2, pads=(2,)))
-    y = net.relu(net.conv(y, "conv2", (48, 32, 5), stride=2, pads=(2,)))
-    y = net.relu(net.conv(y, "conv3", (72, 48, 3), stride=2, pads=(1,)))
+    y = net.relu(net.conv(net.x, "conv1", (32, 9, 5), pads=(2,)))
+    y = net.op("MaxPool", [y], "pool1", kernel_shape=[2], strides=[2])
+    y = net.relu(net.conv(y, "conv2", (48, 32, 5), pads=(2,)))
+    y = net.op("MaxPool", [y], "pool2", kernel_shape=[2], strides=[2])
+    y = net.relu(net.conv(y, "conv3", (72, 48, 3), pads=(1,)))
     y = net.op("GlobalAveragePool", [y], "pool")
     y = net.op("Flatten", [y], "features")
     return net.model(net.dense(y, "head", 72, 6), (6,))

@@ -57,6 +57,7 @@ def _last_rounds(people: dict[str, Any], bundle: Bundle, codec: str, seed: int) 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.shared
 def test_people_learn_together_with_the_default_codec_as_well_as_uncompressed(
     people: dict[str, Any],
