@@ -10,6 +10,9 @@ from typing import Protocol
 class Link(Protocol):
     """Messages in, with an acknowledgement each; messages out."""
 
+    on_up: Callable[[], None]
+    """Called at every connection: what was sent to us in between may be lost."""
+
     def messages(self) -> AsyncIterator[tuple[str, bytes, Callable[[], None]]]:
         """Yield topic, payload, and what to call once the message is dealt with."""
         ...

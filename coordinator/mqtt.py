@@ -86,6 +86,8 @@ class Mqtt:
         """Why there is no connection now; None when there is one."""
         self.unacked = 0
         """Messages handed over on this connection and not acknowledged yet."""
+        self.on_up: Callable[[], None] = lambda: None
+        """Called each time the broker has us again, once subscriptions are on their way."""
         self._hello = Hello(
             client_id, will, keepalive_s, session_s, receive_maximum, manual_ack=True
         )
@@ -213,6 +215,9 @@ class Mqtt:
                 await self._watch(link, first)
         except LinkError as error:
             return error
+        except Exception as error:  # a fault in here must not leave the coordinator deaf
+            log.exception("the connection failed and is made again")
+            return LinkError(f"the connection failed: {error!r:.100}", "lost")
         finally:
             self._link = None
             link.fail("closed", "lost") if link.error else link.close()
@@ -280,6 +285,7 @@ class Mqtt:
         self._waiting = dict.fromkeys([*again, *self._waiting])
         self._turned.set()
         self._feed()
+        self.on_up()
 
     def _took(self, topic: str, payload: bytes, mid: int) -> None:
         link, is_acked = self._link, False
@@ -339,7 +345,11 @@ class Mqtt:
                 continue
             self.counters.messages_up += 1
             self.counters.bytes_up += len(pending.payload)
-            mid = link.publish(pending.topic, pending.payload, retain=pending.retain)
+            try:
+                mid = link.publish(pending.topic, pending.payload, retain=pending.retain)
+            except ValueError as error:
+                _settle(pending.done, f"cannot publish on {pending.topic[:64]!r}: {error}")
+                continue
             self._under_way[mid] = pending
         self._after(link)
 

@@ -107,6 +107,7 @@ class Coordinator:
             stack.push_async_callback(self._stop, reader)
             await link.subscribe(topics.status_filter())
             self._link = link
+            link.on_up = self._reconnected
             self._stack = stack.pop_all()
         return self
 
@@ -207,6 +208,7 @@ class Coordinator:
         number = desk.next_round
         seed = seed_of(desk.task.name, desk.task.seed, number)
         cohort = await self._select(desk, pace, seed)
+        call = desk.call
         goal = min(pace.cohort, len(cohort))
         opened, actions = begin(
             number, desk.version.number, cohort, quorum=min(pace.quorum, goal), goal=goal
@@ -216,7 +218,8 @@ class Coordinator:
         )
         await self._store.open_round(desk.task.name, stored)
         desk.open(stored, opened)
-        self._note_absent(desk, self.fleet.ready(desk.task.name))
+        # After a new roll call nobody is ready yet, and nobody has withdrawn either.
+        self._note_absent(desk, self.fleet.ready(desk.task.name) if desk.call == call else None)
         log.info("round open task=%s round=%d cohort=%d", desk.task.name, number, len(cohort))
         self._act(desk, actions)
 
@@ -299,6 +302,16 @@ class Coordinator:
     def _raise_if_failed(self) -> None:
         if self._failed is not None:
             raise self._failed
+
+    def _reconnected(self) -> None:
+        """Call the roll anew: the broker may have lost check-ins, invitations and updates."""
+        for name in sorted(self._running & self._intake.desks.keys()):
+            self._spawn(self._call_roll(self._intake.desks[name]))
+
+    async def _call_roll(self, desk: Desk) -> None:
+        desk.call = await self._store.next_call(desk.task.name)
+        self.fleet.recall(desk.task.name)
+        await self._publisher.offer(desk)
 
     def _act(self, desk: Desk, actions: tuple[Action, ...]) -> None:
         for action in actions:

@@ -133,8 +133,7 @@ class Store:
 
         def work(db: sqlite3.Connection) -> Resumed:
             _create(db, task, bundle, first)
-            db.execute("UPDATE tasks SET call = call + 1 WHERE task = ?", (task,))
-            call = int(db.execute("SELECT call FROM tasks WHERE task = ?", (task,)).fetchone()[0])
+            call = _next_call(db, task)
             version = Version(*db.execute(_NEWEST, (task,)).fetchone())
             rounds = tuple(_round(row) for row in db.execute(_ROUNDS, (task, recent)))
             pending = tuple(StoredUpdate(*row) for row in db.execute(_PENDING, (task,)))
@@ -143,6 +142,10 @@ class Store:
             return Resumed(call, version, rounds[::-1], pending, reports)
 
         return await self._writer.run(work, urgent=True)
+
+    async def next_call(self, task: str) -> int:
+        """Begin a new call, whose number was never used before."""
+        return await self._writer.run(lambda db: _next_call(db, task), urgent=True)
 
     async def open_round(self, task: str, r: StoredRound) -> None:
         """Begin a round: from here on it survives a restart."""
@@ -278,6 +281,11 @@ def _create(db: sqlite3.Connection, task: str, bundle: bytes, first: Version) ->
         "VALUES (?, ?, ?, ?, ?, ?)",
         row,
     )
+
+
+def _next_call(db: sqlite3.Connection, task: str) -> int:
+    db.execute("UPDATE tasks SET call = call + 1 WHERE task = ?", (task,))
+    return int(db.execute("SELECT call FROM tasks WHERE task = ?", (task,)).fetchone()[0])
 
 
 def _round(row: tuple[Any, ...]) -> StoredRound:

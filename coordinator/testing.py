@@ -45,9 +45,10 @@ class MemoryLink:
     def __init__(self, broker: MemoryBroker, client_id: str = "coordinator") -> None:
         self.broker = broker
         self.unacknowledged = 0
+        self.on_up: Callable[[], None] = lambda: None
         self._queue: asyncio.Queue[tuple[str, bytes]] = asyncio.Queue()
         self._transport = broker.transport(client_id)
-        self._transport.start(lambda *message: self._queue.put_nowait(message), lambda _up: None)
+        self._transport.start(lambda *message: self._queue.put_nowait(message), self._turned)
 
     async def messages(self) -> AsyncIterator[tuple[str, bytes, Callable[[], None]]]:
         """Yield what the broker delivers."""
@@ -67,6 +68,10 @@ class MemoryLink:
     def close(self) -> None:
         """Disconnect; the session stays with the broker."""
         self._transport.close()
+
+    def _turned(self, is_up: bool) -> None:
+        if is_up:
+            self.on_up()
 
     def _acknowledge(self) -> None:
         self.unacknowledged -= 1

@@ -520,6 +520,8 @@ def test_weights_that_would_not_be_finite_are_never_published(tmp_path: Path) ->
 def test_a_dead_connection_ends_training_with_its_reason(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         class Dead:
+            on_up = staticmethod(lambda: None)
+
             async def messages(self) -> AsyncIterator[Any]:
                 raise ConfigError("the broker refuses us")
                 yield
@@ -731,3 +733,29 @@ def test_names_load_on_first_use() -> None:
     assert done.stdout == "True\n", done.stderr
     with pytest.raises(AttributeError, match="no attribute 'Nonsense'"):
         _ = coordinator_package.Nonsense
+
+
+@pytest.mark.parametrize("forgets", [False, True])
+def test_a_broker_that_was_away_costs_a_roll_call_and_nothing_else(
+    tmp_path: Path, forgets: bool
+) -> None:
+    async def story(world: World) -> None:
+        devices = world.devices(3)
+        async with world.coordinator((task(), pace(3, 3, 1))) as coordinator:
+            await world.until(invited(devices, 1))
+            devices[0].report()
+            await world.until(answered(devices[0]))
+            devices[1].report()
+            world.broker.stop(forget=forgets)
+            world.broker.resume()
+            for device in devices:  # as a device does when it is connected again
+                device.send(device.status(online=True), topics.status(device.id), retain=True)
+            await world.until(lambda: all(d.offers["t"].call == 2 for d in devices))
+            await world.until(lambda: len(devices[2].invites) > 1)
+            devices[2].report()
+            await world.until(lambda: world.results)
+            assert len(coordinator.fleet.ready("t")) == 3
+        assert len(world.results[0].reported) == 3
+        assert world.clock.monotonic() == 0
+
+    play(tmp_path, story)
