@@ -22,7 +22,7 @@ from edge_sdk import events as ev
 from edge_sdk import footprint, messages, topics
 from edge_sdk.conditions import Condition, Surroundings, always
 from edge_sdk.errand import Errand, budget
-from edge_sdk.errors import FedgeError, MessageError
+from edge_sdk.errors import FedgeError, MessageError, StoreError
 from edge_sdk.failpoints import Failpoints
 from edge_sdk.fetching import Fetching
 from edge_sdk.local import Local
@@ -345,6 +345,9 @@ class Agent:
     def _switch(self, action: ev.SwitchModel) -> list[ev.Event]:
         try:
             model = self._local.switch(action.bundle, action.model, action.version)
+        except StoreError as error:
+            log.warning("model not switched version=%d reason=%s", action.version, error)
+            return [ev.SwitchFailed(action.bundle, action.model)]
         except (FedgeError, ModuleNotFoundError) as error:
             log.warning("model refused version=%d reason=%s", action.version, error)
             return [ev.ModelRefused(action.bundle, action.model)]

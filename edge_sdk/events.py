@@ -95,6 +95,14 @@ class ModelRefused:
 
 
 @dataclass(frozen=True, slots=True)
+class SwitchFailed:
+    """The disk did not give or take what a switch needs: fetch it again, later."""
+
+    bundle: bytes
+    model: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Trained:
     """The round's training ended with a delta worth sending."""
 
@@ -136,6 +144,7 @@ Event: TypeAlias = (
     | FetchFailed
     | ModelReady
     | ModelRefused
+    | SwitchFailed
     | Trained
     | TrainFailed
     | Sent

@@ -159,15 +159,15 @@ class Local:
         return self._store.bundle(digest)
 
     def _use(self, bundle: Bundle, weights: bytes, version: int) -> Model:
+        layout = _layout(bundle.manifest)
         model = open_model(bundle, weights, version, engine=self._engine, threads=self._threads)
-        self._open_samples(bundle)
+        self._open_samples(layout)
         self._store.set_model(ModelName(bundle.digest, model.weights, version))
         self.bundle, self.model = bundle, model
         self.arrived.set()
         return model
 
-    def _open_samples(self, bundle: Bundle) -> None:
-        layout = _layout(bundle.manifest)
+    def _open_samples(self, layout: dict[str, Any]) -> None:
         tag = hashlib.sha256(repr(layout).encode()).hexdigest()[:12]
         path = self._store.samples / f"{tag}.ring"
         with self._learning:

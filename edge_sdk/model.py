@@ -72,10 +72,9 @@ def open_model(
         params = unflatten(np.frombuffer(weights, "<f4").astype(np.float32), bundle.shapes)
     except ValueError as error:
         raise BundleError(f"the weights are not of this bundle: {error}") from error
-    graph = requantize(bundle, params, engine)
     opened = open_engine(bundle, engine, threads)
     footprint.hand_back()  # importing the runtime cost what running it does not
-    predictor = opened.predictor(graph)
+    predictor = opened.predictor(requantize(bundle, params, engine))
     shape = tuple(bundle.manifest["input"]["shape"])
     digest = hashlib.sha256(weights).hexdigest()
     model = Model(version, bundle.digest, digest, predictor, Feed(bundle.manifest), shape)

@@ -32,6 +32,7 @@ from edge_sdk.events import (
     Sent,
     StopTraining,
     Submit,
+    SwitchFailed,
     SwitchModel,
     Tick,
     Train,
@@ -157,7 +158,7 @@ def _learn(state: Session, event: Event) -> tuple[Session, tuple[Action, ...]]: 
             return _invited(state, event), ()
         case Fetched() | FetchFailed():
             return _fetch_ended(state, event), ()
-        case ModelReady() | ModelRefused():
+        case ModelReady() | ModelRefused() | SwitchFailed():
             return _switch_ended(state, event), ()
         case Trained():
             return _trained(state, event)
@@ -226,8 +227,11 @@ def _fetch_ended(state: Session, event: Fetched | FetchFailed) -> Session:
     return replace(state, weights=event.digest)
 
 
-def _switch_ended(state: Session, event: ModelReady | ModelRefused) -> Session:
+def _switch_ended(state: Session, event: ModelReady | ModelRefused | SwitchFailed) -> Session:
     state = replace(state, switching=None)
+    if isinstance(event, SwitchFailed):
+        retry = state.fetch_retry.after(state.now)
+        return replace(state, bundle=b"", weights=b"", fetch_retry=retry)
     if isinstance(event, ModelReady):
         return replace(state, model=event, bundle=event.bundle, weights=event.model)
     return replace(state, refused=event.model)

@@ -44,7 +44,7 @@ def test_a_running_device_never_loads_onnx_aiohttp_torch_or_the_coordinator(tmp_
         with Device("mqtt://127.0.0.1:1", task="t", bundle=sys.argv[1], state=sys.argv[2]) as d:
             d.learn([0.0] * 6, 1)
             d.predict([0.0] * 6)
-        names = ("onnx", "aiohttp", "coordinator", "torch", "asyncio", "numpy.testing", "tomllib")
+        names = ("onnx", "aiohttp", "coordinator", "torch", "asyncio", "numpy.testing")
         print(json.dumps({name: name in sys.modules for name in names}))
     """
     loaded = run(code, str(tmp_path / "x.fedge"), str(tmp_path / "state"))

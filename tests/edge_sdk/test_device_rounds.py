@@ -8,6 +8,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ import pytest
 from hand_bundles import examples, mlp
 from scripted_coordinator import TASK, FakeTraining, Scripted, until, weights_of
 
-from edge_sdk import codec, messages, params, topics
+from edge_sdk import chunks, codec, messages, params, topics
 from edge_sdk import conditions as when
 from edge_sdk.device import Device
 from edge_sdk.errors import ConfigError, StoreError
 from edge_sdk.local import NoModelError
 from edge_sdk.model import Model
+from edge_sdk.session import Retry
 from edge_sdk.signing import DeviceKey
+from edge_sdk.store import Residual
 from edge_sdk.transport.memory import MemoryBroker
 
 BUNDLE = mlp(quantized=True)
@@ -401,6 +404,93 @@ def test_what_cannot_be_learned_is_a_value_error_and_nothing_is_stored(scene: Sc
         device.learn(X[0].tolist(), 2.0)
         device.learn_many(X[:0], Y[:0])
         assert device.examples == device.examples_ever == 1
+
+
+def test_a_condition_that_fails_does_not_hold_and_the_device_goes_on(scene: Scene) -> None:
+    broken = [True]
+
+    def mood() -> bool:
+        if broken[0]:
+            raise RuntimeError("the sensor is gone")
+        return True
+
+    with scene.device(conditions=mood) as device:
+        device.learn_many(X, Y)
+        scene.coordinator.publish_model(0, weights_of(BUNDLE))
+        scene.until(lambda: device.status()["conditions_lapsed"] == ["failed"])
+        broken[0] = False
+        device.learn(X[0], Y[0])
+        scene.until(lambda: scene.coordinator.checkins)
+
+
+def test_a_delta_or_a_codec_that_cannot_be_encoded_declines_and_nothing_is_sent(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    with scene.device() as device:
+        scene.ready(device)
+        scene.training.step = float("nan")
+        scene.coordinator.invite(device.id)
+        scene.until(lambda: not scene.coordinator.checkins[-1].ready)
+        assert "training diverged" in caplog.text
+    scene.training.step = 0.5
+    with scene.device() as device:
+        scene.until(lambda: scene.coordinator.checkins[-1].ready)
+        scene.coordinator.invite(device.id, codec=[["zip"]])
+        scene.until(lambda: not scene.coordinator.checkins[-1].ready)
+        assert "expected a stage among" in caplog.text
+    assert scene.coordinator.updates == []
+
+
+def test_more_frames_than_memory_allows_are_dropped_and_counted(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_sdk.agent.MAX_QUEUED_BYTES", 300)
+    with scene.device() as device:
+        scene.coordinator.publish_model(1, weights_of(BUNDLE, 0.25))
+        scene.until(lambda: device.status()["bad_frames"])
+        device.predict(X)
+
+
+def test_a_fetch_for_which_nothing_comes_is_given_up_and_begun_again(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_sdk.fetching.PATIENCE_S", 0.05)
+    monkeypatch.setattr("edge_sdk.agent.CONDITIONS_POLL_S", 0.05)
+    monkeypatch.setattr("edge_sdk.session.RETRY_FIRST_S", 0.05)
+    with scene.device() as device:
+        scene.coordinator.model = weights_of(BUNDLE, 0.25)
+        scene.coordinator.version = 1
+        scene.coordinator.offer()  # before its parts
+        scene.until(lambda: device._agent._session.fetch_retry.at > 0)
+        scene.coordinator.publish_model(1, weights_of(BUNDLE, 0.25))
+        device._agent._session = replace(device._agent._session, fetch_retry=Retry())
+        scene.until(lambda: device.version == 1)
+
+
+def test_a_bundle_that_is_not_the_offered_one_is_fetched_again_and_never_used(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = mlp(seed=5)
+    with scene.device(bundle=None) as device:
+        digest = bytes.fromhex(BUNDLE.digest)
+        for part in chunks.parts("bundle", other.data, digest, 0, 2000):
+            scene.coordinator.send(part, topics.part(TASK, "bundle", part.index))
+        scene.coordinator.offer(bundle_size=len(other.data))
+        scene.until(lambda: "fetch failed what=bundle" in caplog.text)
+        assert device.version is None
+
+
+def test_a_damaged_residual_begins_anew(scene: Scene) -> None:
+    ef: list[object] = [["ef"], ["deadzone", 4.0]]
+    with scene.device() as device:
+        scene.ready(device)
+        device._store.set_residual(Residual(ef, BUNDLE.digest, 3, b"junk"))
+        scene.coordinator.invite(device.id, codec=ef)
+        scene.until(lambda: device.status()["receipts"])
+        scene.until(lambda: device.status()["outbox"] == 0)
+        found = device._store.residual()
+        assert found is not None
+        assert found.order == 4
 
 
 def test_an_app_whose_callback_fails_goes_on(scene: Scene) -> None:

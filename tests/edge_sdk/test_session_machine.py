@@ -228,6 +228,16 @@ def test_refused_weights_are_not_tried_again_until_another_offer() -> None:
     assert state.model.model == W1
 
 
+def test_a_switch_that_the_disk_spoiled_is_fetched_and_tried_again() -> None:
+    state, _ = run(ready(), replace(OFFER, version=2, model=W2), e.Fetched("weights", W2))
+    state, actions = run(state, e.SwitchFailed(B1, W2))
+    assert actions == []
+    state, actions = run(state, e.Tick(session.RETRY_FIRST_S))
+    assert actions == [e.Fetch("bundle", B1, 0)]
+    _, actions = run(state, e.Fetched("bundle", B1), e.Fetched("weights", W2))
+    assert actions == [e.Fetch("weights", W2, 0), e.SwitchModel(B1, W2, 2)]
+
+
 def test_an_update_found_in_the_outbox_at_start_is_sent_at_the_first_connection() -> None:
     state = Session(unreceipted=(session.Unreceipted(b"u0", 7),))
     _, actions = run(state, e.Connected())
@@ -261,6 +271,7 @@ EVENTS: st.SearchStrategy[e.Event] = st.one_of(
     st.builds(e.FetchFailed, WHATS, st.sampled_from([B1, W1, W2])),
     st.builds(e.ModelReady, st.just(B1), WEIGHTS, st.integers(1, 3)),
     st.builds(e.ModelRefused, st.just(B1), WEIGHTS),
+    st.builds(e.SwitchFailed, st.just(B1), WEIGHTS),
     st.builds(e.Trained, ROUNDS),
     st.builds(e.TrainFailed, ROUNDS),
     st.builds(e.Sent, UPDATES, ROUNDS),
