@@ -197,6 +197,9 @@ class Mqtt:
                 self._serve(link, wait)
         except LinkError as error:
             return error
+        except Exception as error:  # a fault in here must not leave a device without a transport
+            log.exception("the transport failed and connects again")
+            return LinkError(f"the transport failed: {error!r:.100}", "lost")
         finally:
             self._link = None
             link.fail("closed", "lost") if link.error else link.close()

@@ -228,6 +228,19 @@ def test_publishes_wait_their_turn_in_a_window(mosquitto: Any) -> None:
 
 
 @pytest.mark.broker
+def test_a_topic_that_mqtt_does_not_allow_costs_that_message_only(mosquitto: Any) -> None:
+    async def story() -> None:
+        async with Mqtt(mosquitto.url, "coordinator") as mqtt:
+            await mqtt.subscribe("t")
+            with pytest.raises(TransportError, match="cannot publish on 'a/#'"):
+                await mqtt.publish("a/#", b"x")
+            await mqtt.publish("t", b"y")
+            assert await take(mqtt, 1) == [("t", b"y")]
+
+    run(story())
+
+
+@pytest.mark.broker
 def test_closing_ends_the_stream_and_fails_what_waits(mosquitto: Any) -> None:
     async def story() -> None:
         async with Mqtt(mosquitto.url, "coordinator", backoff_s=(9.0, 9.0)) as mqtt:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import logging
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -232,6 +233,29 @@ def test_a_callback_that_raises_costs_a_log_line_not_the_connection(
     assert states == [True]
     assert "a callback of the transport raised" in caplog.text
     mqtt.close()
+
+
+def test_a_broker_that_falls_silent_is_noticed_by_its_missing_answer(
+    mosquitto: Any, client: Any, until: Any
+) -> None:
+    a = client(mosquitto.url, "a", keepalive_s=1)
+    until(lambda: a.states == [True], "a connection")
+    mosquitto.process.send_signal(signal.SIGSTOP)
+    until(lambda: a.states == [True, False], "the silence to be noticed")
+    mosquitto.process.send_signal(signal.SIGCONT)
+    until(lambda: a.states == [True, False, True], "the return")
+
+
+def test_a_topic_that_mqtt_does_not_allow_costs_that_message_only(
+    mosquitto: Any, client: Any, until: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    a = client(mosquitto.url, "a", "t")
+    until(lambda: a.states == [True], "a connection")
+    a.mqtt.publish("a/#", b"x")
+    until(lambda: a.states == [True, False, True], "a new connection")
+    a.mqtt.publish("t", b"y")
+    until(lambda: a.got == [("t", b"y")], "a message on it")
+    assert "the transport failed and connects again" in caplog.text
 
 
 def test_a_broker_of_mqtt_5_that_ends_it_tells_why(until: Any) -> None:
