@@ -13,7 +13,7 @@ import contextlib
 import logging
 import math
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,7 @@ from coordinator.publishing import Publisher, seed_of
 from coordinator.rounds import Action, Declined, Invite, Left, begin
 from coordinator.store import Store, StoredRound
 from coordinator.task import Task
+from coordinator.writer import ContradictionError
 from edge_sdk import params as tensors
 from edge_sdk import topics
 from edge_sdk.errors import ConfigError, FedgeError, StoreError
@@ -205,8 +206,8 @@ class Coordinator:
 
     async def _begin(self, desk: Desk, pace: Pace) -> None:
         """Wait for enough devices, store the round, then invite them."""
-        number = desk.next_round
-        seed = seed_of(desk.task.name, desk.task.seed, number)
+        number, name = desk.next_round, desk.task.name
+        seed = seed_of(name, desk.task.seed, number)
         cohort = await self._select(desk, pace, seed)
         call = desk.call
         goal = min(pace.cohort, len(cohort))
@@ -216,11 +217,11 @@ class Coordinator:
         stored = StoredRound(
             number, opened.version, opened.cohort, opened.quorum, goal, pace.deadline_s, seed
         )
-        await self._store.open_round(desk.task.name, stored)
+        await self._insist(name, lambda: self._store.open_round(name, stored))
         desk.open(stored, opened)
         # After a new roll call nobody is ready yet, and nobody has withdrawn either.
-        self._note_absent(desk, self.fleet.ready(desk.task.name) if desk.call == call else None)
-        log.info("round open task=%s round=%d cohort=%d", desk.task.name, number, len(cohort))
+        self._note_absent(desk, self.fleet.ready(name) if desk.call == call else None)
+        log.info("round open task=%s round=%d cohort=%d", name, number, len(cohort))
         self._act(desk, actions)
 
     def _note_absent(self, desk: Desk, ready: AbstractSet[str] | None = None) -> None:
@@ -271,20 +272,27 @@ class Coordinator:
         self.fleet.completed(task, len(r.reported) + lost, len(r.reported))
 
     async def _keep(self, desk: Desk, settled: Next) -> None:
-        """Store what a round came to, however long the disk refuses."""
+        """Store what a round came to."""
         name, record = desk.task.name, settled.result.record()
+
+        async def write() -> None:
+            if settled.version is None:
+                await self._store.abort(name, settled.result.number, record, settled.folded)
+            else:
+                await self._store.commit(name, settled.version, settled.folded, record)
+
+        await self._insist(name, write)
+
+    async def _insist(self, task: str, write: Callable[[], Awaitable[None]]) -> None:
+        """Write, however long the disk refuses: rounds wait for it and lose nothing."""
         while True:
             try:
-                if settled.version is None:
-                    number = settled.result.number
-                    await self._store.abort(name, number, record, settled.folded)
-                else:
-                    await self._store.commit(name, settled.version, settled.folded, record)
+                return await write()
+            except ContradictionError:
+                raise
             except StoreError as error:
-                log.warning("round kept waiting task=%s reason=%s", name, error)
+                log.warning("round waits for the disk task=%s reason=%s", task, error)
                 await self._clock.wait(asyncio.Event(), self._clock.monotonic() + RETRY_S)
-            else:
-                return
 
     async def _rest(self, desk: Desk, seconds: float) -> None:
         """Pause after an abort, so that a fleet in trouble is not asked again at once."""

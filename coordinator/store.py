@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 from coordinator.fleet import Known
-from coordinator.writer import Writer
+from coordinator.writer import ContradictionError, Writer
 from edge_sdk.errors import ConfigError, StoreError
 
 SET_ASIDE = -1
@@ -182,7 +182,7 @@ class Store:
     ) -> None:
         """Add the next version, close its round and mark the (round, device) pairs it holds.
 
-        Raises: StoreError when the version is not the next one or the round is not open.
+        Raises: ContradictionError when the version is not the next one or the round is not open.
         """
         pairs = sorted(folded)
 
@@ -190,7 +190,7 @@ class Store:
             v = version
             row = (task, v.number, v.round, v.digest, v.params, v.optimizer, task, v.number - 1)
             if db.execute(_ADD_VERSION, row).rowcount != 1:
-                raise StoreError(f"task {task}: version {v.number} is not the next one")
+                raise ContradictionError(f"task {task}: version {v.number} is not the next one")
             _close_round(db, task, v.round, "commit", result)
             _mark(db, task, v.number, pairs)
             self._prune(db, task, v.number)
@@ -299,10 +299,10 @@ def _close_round(
 ) -> None:
     text = json.dumps(result, sort_keys=True)
     if db.execute(_CLOSE_ROUND, (state, text, task, number)).rowcount != 1:
-        raise StoreError(f"task {task}: round {number} is not open")
+        raise ContradictionError(f"task {task}: round {number} is not open")
 
 
 def _mark(db: sqlite3.Connection, task: str, folded: int, pairs: list[tuple[int, str]]) -> None:
     marked = db.executemany(_MARK, [(folded, task, r, d) for r, d in pairs]).rowcount
     if pairs and marked != len(pairs):
-        raise StoreError(f"task {task}: {len(pairs) - marked} updates were folded before")
+        raise ContradictionError(f"task {task}: {len(pairs) - marked} updates were folded before")

@@ -25,6 +25,12 @@ from coordinator.schema import check, migrate
 from edge_sdk.errors import StoreError
 
 T = TypeVar("T")
+
+
+class ContradictionError(StoreError):
+    """What was asked contradicts what is stored: unlike a full disk, this does not pass."""
+
+
 Work = Callable[[sqlite3.Connection], T]
 
 
@@ -181,5 +187,7 @@ def _lock(path: Path) -> BinaryIO:
 def _store_error(path: Path, error: Exception) -> StoreError:
     if isinstance(error, StoreError):
         return error
+    if isinstance(error, sqlite3.IntegrityError):
+        return ContradictionError(f"the store {path} does not allow it: {error}")
     reason = getattr(error, "strerror", None) or str(error)
     return StoreError(f"cannot use the store {path}: {reason}; check the disk and its permissions")

@@ -19,6 +19,7 @@ from coordinator.pacing import Pace
 from coordinator.service import Coordinator
 from coordinator.strategy import fedadam, fedavg
 from coordinator.task import Task
+from coordinator.writer import ContradictionError
 from edge_sdk import chunks, codec, messages, params, topics
 from edge_sdk.errors import ConfigError, StoreError
 from edge_sdk.messages import Update
@@ -757,5 +758,47 @@ def test_a_broker_that_was_away_costs_a_roll_call_and_nothing_else(
             assert len(coordinator.fleet.ready("t")) == 3
         assert len(world.results[0].reported) == 3
         assert world.clock.monotonic() == 0
+
+    play(tmp_path, story)
+
+
+def test_a_round_is_not_opened_before_the_disk_takes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story(world: World) -> None:
+        async with world.coordinator((task(), pace(2, 2, 1))) as coordinator:
+            refusals = 0
+
+            async def full(*_: object) -> None:
+                nonlocal refusals
+                refusals += 1
+                raise StoreError("cannot write the store: No space left on device")
+
+            with monkeypatch.context() as patch:
+                patch.setattr(coordinator._store, "open_round", full)
+                devices = world.devices(2)
+                await world.until(lambda: refusals == 1)
+                assert not devices[0].invites
+            world.clock.advance(2)
+            await world.until(invited(devices, 1))
+
+    play(tmp_path, story)
+
+
+def test_a_store_that_contradicts_us_stops_the_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story(world: World) -> None:
+        async with world.coordinator() as coordinator:
+            world.devices(2)
+
+            async def contradict(*_: object) -> None:
+                raise ContradictionError("task t: round 1 is not open")
+
+            monkeypatch.setattr(coordinator._store, "open_round", contradict)
+            loop = asyncio.create_task(anext(coordinator.train(task(), pace(2, 2, 1))))
+            await world.until(loop.done)
+            with pytest.raises(ContradictionError):
+                loop.result()
 
     play(tmp_path, story)
