@@ -116,9 +116,10 @@ class Agent:
         self._fetching = Fetching(settings.task, store, local, transport)
         self._errand = Errand(trainer, store.train, self._on_trained)
         self._trained: dict[int, TrainResult] = {}
-        self._in_training = ""  # weights that the child reads
+        self._in_training: set[str] = set()  # digests of what the child reads
         self._conditions_at = self._status_at = self._bad_logged_at = float("-inf")
         self._lapsed: tuple[str, ...] = ()
+        self._written: dict[str, Any] = {}
         self._thread = threading.Thread(target=self._run, name="fedge-agent", daemon=True)
 
     # --- from other threads -------------------------------------------------------------------
@@ -147,6 +148,7 @@ class Agent:
             self._thread.join(STOP_PATIENCE_S)
         self._errand.cancel()  # what had begun meanwhile
         self._errand.join(STOP_PATIENCE_S)
+        self._written = {}
         self._write_status()
 
     @property
@@ -352,7 +354,7 @@ class Agent:
             log.warning("model refused version=%d reason=%s", action.version, error)
             return [ev.ModelRefused(action.bundle, action.model)]
         log.info("model in use version=%d weights=%s", model.version, model.weights[:12])
-        self._store.forget_models({model.bundle, model.weights, self._in_training})
+        self._store.forget_models({model.bundle, model.weights} | self._in_training)
         self._write_status()
         try:
             self._on_updated(model)
@@ -373,7 +375,7 @@ class Agent:
             threads=self._settings.threads,
         )
         log.info("training round=%d version=%d", round_, model.version)
-        self._in_training = model.weights
+        self._in_training = {model.bundle, model.weights}
         self._errand.begin(round_, job)
         return []
 
@@ -382,7 +384,7 @@ class Agent:
         self._queue.put(partial(self._training_ended, round_, result))
 
     def _training_ended(self, round_: int, result: TrainResult | str) -> list[ev.Event]:
-        self._in_training = ""
+        self._in_training = set()
         if isinstance(result, str):
             log.warning("training failed round=%d reason=%s", round_, result)
             return [ev.TrainFailed(round_)]
@@ -442,8 +444,12 @@ class Agent:
 
     def _write_status(self) -> None:
         self._status_at = self._clock.monotonic()
+        status = self.status()
+        if _but_memory(status) == _but_memory(self._written):
+            return  # an idle device spares its card
         try:
-            self._store.write_status(self.status())
+            self._store.write_status(status)
+            self._written = status
         except FedgeError as error:
             log.warning("status not written reason=%s", error)
 
@@ -459,6 +465,10 @@ def hello(key: DeviceKey, settings: Settings, *, online: bool) -> bytes:
         sdk=settings.sdk,
     )
     return messages.encode(status, key, topics.status(key.id))
+
+
+def _but_memory(status: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in status.items() if key != "rss_peak_kib"}
 
 
 def _offered(offer: Offer) -> ev.Offered:

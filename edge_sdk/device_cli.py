@@ -220,16 +220,9 @@ def _log_to_stderr(level: str) -> None:
 
 
 def _is_running(config: DeviceConfig) -> bool:
-    import fcntl
+    from edge_sdk.store import is_in_use
 
-    try:
-        with (_state(config) / "lock").open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
+    return is_in_use(_state(config))
 
 
 def _checked(

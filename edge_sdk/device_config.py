@@ -9,9 +9,9 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from edge_sdk import conditions
+from edge_sdk import conditions, topics
 from edge_sdk.conditions import Condition
-from edge_sdk.errors import ConfigError
+from edge_sdk.errors import ConfigError, MessageError
 
 T = TypeVar("T")
 
@@ -75,6 +75,10 @@ class DeviceConfig:
     def __post_init__(self) -> None:
         if self.log_level not in LOG_LEVELS:
             raise ConfigError(f"log_level: expected {', '.join(LOG_LEVELS)}, got {self.log_level}")
+        try:
+            topics.checked_task(self.task)
+        except MessageError as error:
+            raise ConfigError(f"task: {error}") from error
 
 
 def load(path: str | Path) -> DeviceConfig:

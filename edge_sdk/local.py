@@ -59,12 +59,14 @@ class Local:
     @property
     def examples(self) -> int:
         """How many labelled examples are stored."""
-        return len(self._samples) if self._samples is not None else 0
+        samples = self._samples
+        return len(samples) if samples is not None else 0
 
     @property
     def examples_ever(self) -> int:
         """How many were ever stored: the oldest make room for new ones."""
-        return self._samples.total if self._samples is not None else 0
+        samples = self._samples
+        return samples.total if samples is not None else 0
 
     @property
     def samples_path(self) -> Path:

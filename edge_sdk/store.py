@@ -19,6 +19,7 @@ import hashlib
 import json
 import logging
 import os
+import time
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_SMALL_BYTES = 2**16
+LOCK_TRIES, LOCK_PAUSE_S = 3, 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +237,7 @@ class Store:
                 f"cannot write in {self.folder}: {error.strerror}; correct its owner or the disk"
             ) from error
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(handle)
         except OSError as error:
             os.close(handle)
             raise StoreError(
@@ -264,6 +266,29 @@ class Store:
     def _write_json(self, name: str, value: dict[str, Any]) -> None:
         data = json.dumps(value, sort_keys=True, indent=1).encode() + b"\n"
         files.write(self.folder / name, data, mode=0o600)
+
+
+def is_in_use(folder: Path) -> bool:
+    """Say whether a process holds the state folder now."""
+    try:
+        handle = os.open(folder / "lock", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
+def _lock(handle: int) -> None:
+    for _ in range(LOCK_TRIES):
+        with contextlib.suppress(BlockingIOError):  # `is_in_use` looks for a moment
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(LOCK_PAUSE_S)
+    return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def default_state(task: str) -> Path:

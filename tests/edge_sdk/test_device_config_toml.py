@@ -14,6 +14,7 @@ from edge_sdk.device_config import DeviceConfig, SourceConfig
 from edge_sdk.errors import ConfigError
 from edge_sdk.failpoints import Failpoints
 
+TASK = 'task = "pump"\n'
 FULL = """
 broker = "mqtts://hub.example"
 task = "pump"
@@ -67,6 +68,7 @@ def test_a_minimal_file_is_a_broker_and_a_task(tmp_path: Path) -> None:
         ("threads = true", "threads: expected a whole number"),
         ('conditions = ["idel"]', "conditions: expected any of"),
         ('coordinator_key = "12"', "coordinator_key: expected 64 hex digits"),
+        ('task = "No Task"', "task"),
         ('log_level = "loud"', "log_level: expected debug"),
         ("source = 3", r"expected a table \[source\]"),
         ("name = [", "not TOML"),
@@ -81,7 +83,7 @@ def test_a_mistake_is_one_line_that_names_file_key_and_remedy(
     tmp_path: Path, change: str, says: str
 ) -> None:
     with pytest.raises(ConfigError, match=says.replace("?", r"\?").replace(r"\\?", r"\?")) as told:
-        load(tmp_path, f'broker = "mqtt://hub"\ntask = "pump"\n{change}')
+        load(tmp_path, f'{TASK if "task" not in change else ""}broker = "mqtt://hub"\n{change}')
     assert str(told.value).startswith(str(tmp_path / "device.toml"))
     assert "\n" not in str(told.value) or "TOML" in str(told.value)
 

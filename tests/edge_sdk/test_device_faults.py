@@ -146,6 +146,35 @@ def test_with_a_full_disk_a_known_device_starts_and_predicts(
         np.testing.assert_array_equal(device.predict(X), before)
 
 
+def test_power_lost_between_residual_and_outbox_settles_the_same_update_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker = MemoryBroker()
+    coordinator = Scripted(broker.transport("coordinator"), BUNDLE)
+    coordinator.start()
+    options: dict[str, Any] = {"connect": broker.transport, "trainer": FakeTraining()}
+    with Device("memory", task=TASK, state=tmp_path, bundle=BUNDLE, **options) as device:
+        device.learn_many(X, Y)
+        coordinator.publish_model(0, weights_of(BUNDLE))
+        until(lambda: coordinator.checkins and coordinator.checkins[-1].ready, broker)
+
+        def off(*_: object) -> None:
+            raise StoreError("power lost")
+
+        monkeypatch.setattr(device._agent._outbox, "remove", off)
+        coordinator.invite(device.id, codec=[["ef"], ["deadzone", 2.0]])
+        until(lambda: device._store.residual() is not None, broker)
+        kept = device._store.residual()
+    coordinator.outcome = None
+    with Device("memory", task=TASK, state=tmp_path, bundle=BUNDLE, **options) as device:
+        until(lambda: len(coordinator.updates) == 2, broker)
+        (_, first), (_, again) = coordinator.updates
+        assert first == again
+        coordinator.receipt(device.id, again, "duplicate", counted=first)
+        until(lambda: device.status()["outbox"] == 0, broker)
+        assert device._store.residual() == kept
+
+
 def test_a_state_folder_that_cannot_be_written_is_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "lock").mkdir()
     with pytest.raises(StoreError, match="cannot write in"):
