@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 import asyncio
 import logging
+import socket
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import paho.mqtt.client as paho
 import pytest
 
+from coordinator import mqtt as coordinator_mqtt
 from coordinator.broker import embedded
 from coordinator.mqtt import Delivery, Mqtt
 from edge_sdk import chunks, messages, topics
@@ -296,6 +298,47 @@ def test_an_access_list_that_says_no_is_heard(
                 await mqtt.publish("closed/a", b"x")
 
     run(story())
+
+
+@pytest.mark.broker
+def test_an_unsubscribed_topic_is_quiet(mosquitto: Any) -> None:
+    async def story() -> None:
+        async with Mqtt(mosquitto.url, "coordinator") as mqtt:
+            await mqtt.subscribe("t", "u")
+            mqtt.unsubscribe("t")
+            await mqtt.publish("t", b"x")
+            await mqtt.publish("u", b"x")
+            assert await take(mqtt, 1) == [("u", b"x")]
+
+    run(story())
+
+
+def test_a_server_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coordinator_mqtt, "ANSWER_S", 0.1)
+
+    async def story(url: str) -> None:
+        async with Mqtt(url, "coordinator"):
+            pass
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"mqtt://127.0.0.1:{server.getsockname()[1]}?mqtt=3.1.1"
+        with pytest.raises(TransportError, match=r"did not answer in 0.1 s: is it MQTT\?"):
+            run(story(url))
+
+
+def test_leaving_in_the_middle_of_a_handshake_leaves_nothing_open() -> None:
+    async def story(server: socket.socket) -> None:
+        url = f"mqtts://127.0.0.1:{server.getsockname()[1]}"
+        mqtt = Mqtt(url, "coordinator")
+        entering = asyncio.create_task(mqtt.__aenter__())
+        connection, _ = await asyncio.to_thread(server.accept)
+        entering.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await entering
+        connection.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        run(story(server))
 
 
 def test_an_older_paho_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
