@@ -24,9 +24,9 @@ from edge_sdk.bundle import Bundle
 from edge_sdk.errors import ConfigError, EngineError
 from edge_sdk.params import count
 
-LR, DECAY = 0.01, 0.9
+LR, DECAY = 0.001, 0.9
 AGREE = 1e-4
-"""By how much the losses of the first steps may differ, for losses up to 1 absolutely."""
+"""By how much the losses of the first steps may differ, relative to losses above 1."""
 
 WARM, STEPS = 3, 10
 
