@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user gets from the wheel alone, in an environment that has nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = "onnx onnxruntime aiohttp amqtt torch tensorflow sklearn coordinator sqlite3 asyncio"
+
+
+def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(folder)]
+    done = run(*pip, str(ROOT), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return next(folder.glob("fedge-*.whl"))
+
+
+@pytest.fixture(scope="module")
+def bare(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the bin folder of an environment with the wheel and what it requires, no extras."""
+    folder = tmp_path_factory.mktemp("bare")
+    assert run(sys.executable, "-m", "venv", str(folder / "venv"), cwd=folder).returncode == 0
+    binaries = folder / "venv" / "bin"
+    install = [str(binaries / "python"), "-m", "pip", "install", "--quiet", str(wheel)]
+    done = run(*install, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return binaries
+
+
+def test_the_wheel_holds_both_packages_the_licence_and_the_demos_recipe(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.partition("/")[0] for name in names}
+    assert tops == {"edge_sdk", "coordinator", next(t for t in tops if t.endswith(".dist-info"))}
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert "coordinator/demo/recipes/digits/build.py" in names
+    assert {"edge_sdk/py.typed", "coordinator/py.typed"} <= set(names)
+
+
+def test_importing_the_sdk_loads_no_engine_no_onnx_and_no_coordinator(bare: Path) -> None:
+    code = f"import sys, edge_sdk; print(sorted(set({HEAVY.split()!r}) & set(sys.modules)))"
+    done = run(str(bare / "python"), "-c", code, cwd=bare)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_everything_the_sdk_exports_loads_without_extras(bare: Path) -> None:
+    code = "import edge_sdk; print([getattr(edge_sdk, n) is not None for n in edge_sdk.__all__])"
+    done = run(str(bare / "python"), "-W", "error", "-c", code, cwd=bare)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "extra"), [("demo", "compiler"), ("build x.onnx -o y --loss mse", "compiler")]
+)
+def test_a_command_that_needs_an_extra_says_which(bare: Path, command: str, extra: str) -> None:
+    done = run(str(bare / "fedge"), *command.split(), cwd=bare)
+    assert done.returncode == 6, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert f"fedge[{extra}]" in done.stderr or "fedge[demo]" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_and_version_work_without_extras(bare: Path) -> None:
+    for words in (["--help"], ["--version"], ["device", "--help"], ["coordinator", "--help"]):
+        done = run(str(bare / "fedge"), *words, cwd=bare)
+        assert done.returncode == 0, done.stderr
