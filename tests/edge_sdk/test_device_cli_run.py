@@ -287,6 +287,38 @@ def test_wipe_deletes_everything_but_only_when_told_to(tmp_path: Path) -> None:
     assert not board.state.exists()
 
 
+@pytest.mark.broker
+def test_a_device_serves_predict_learn_and_status_on_its_socket(
+    tmp_path: Path, broker: str
+) -> None:
+    board = Board(tmp_path, broker)
+    text = board.config.read_text().partition("[source]")[0]
+    board.config.write_text(text + '[source]\nsocket = "s"\n')
+    process = board.start()
+    until((tmp_path / "s").exists, within_s=20)
+    requests = [
+        {"predict": X[0].tolist()},
+        {"learn": X[0].tolist(), "label": int(Y[0])},
+        {"learn": X[0].tolist(), "label": 99},
+        {"status": True},
+    ]
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(tmp_path / "s"))
+        answers = client.makefile()
+        heard = []
+        for request in requests:
+            client.sendall(json.dumps(request).encode() + b"\n")
+            heard.append(json.loads(answers.readline()))
+    assert len(heard[0]["output"]) == 3
+    assert heard[1] == {"learned": True}
+    assert "classes 0 to 2" in heard[2]["error"]
+    assert heard[3]["examples"] == 1
+    assert heard[3]["version"] == 0
+    process.terminate()
+    assert process.wait(10) == 0, board.log.read_text()
+    assert not (tmp_path / "s").exists()
+
+
 def test_a_wrong_configuration_is_one_line_and_code_3(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -164,6 +164,7 @@ def test_a_newer_invitation_waits_until_the_round_under_way_is_sent() -> None:
 
 def test_a_newer_invitation_replaces_a_round_long_overdue() -> None:
     state, _ = run(training(), e.Tick(50), e.Invited(2, 1, W1, 200.0))
+    assert next_due(state) == 120  # twice the deadline of the first
     state, actions = run(state, e.Tick(120))
     assert actions == [e.StopTraining(1)]
     _, actions = run(state, e.TrainFailed(1), e.Tick(130))
