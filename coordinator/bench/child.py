@@ -22,8 +22,8 @@ from edge_sdk.errors import EngineError
 from edge_sdk.footprint import peak_kib
 
 Step = Callable[[Any, Any], float]
-BATCHES = 10
-"""Batches that a child goes through again and again."""
+BATCHES = 4
+"""Batches that a child goes through again and again: few, for their memory counts too."""
 
 
 class Child:

@@ -27,8 +27,11 @@ from edge_sdk.params import count
 LR, DECAY = 0.001, 0.9
 AGREE = 1e-4
 """By how much the losses of the first steps may differ, relative to losses above 1."""
+COMPARED = 10
+"""The first steps, whose losses are compared."""
 
 WARM, STEPS = 3, 10
+"""After a turn, steps that do not count, and steps that do."""
 
 
 class Side(NamedTuple):
@@ -69,7 +72,7 @@ def measure(
         folder = Path(place)
         bundle = _prepare(recipes.model(model), loss, batch, folder)
         ours = stack.enter_context(started("coordinator.bench.ours", folder, threads))
-        first, peer, why = ours.run(BATCHES), None, "torch is not installed"
+        first, peer, why = ours.run(COMPARED), None, "torch is not installed"
         if importlib.util.find_spec("torch"):
             peer = stack.enter_context(started("coordinator.bench.torch_peer", folder, threads))
             peer, differ, why = _agreed(peer, first["losses"])
@@ -106,7 +109,7 @@ def _prepare(model: Any, loss: str, batch: int, folder: Path) -> Bundle:
 def _agreed(peer: Child, ours: list[float]) -> tuple[Child | None, float | None, str]:
     """Train the rival as far as we are and compare; None when it cannot run the model."""
     try:
-        theirs = peer.run(BATCHES)["losses"]
+        theirs = peer.run(COMPARED)["losses"]
     except EngineError as error:
         return None, None, str(error)
     gaps = [abs(a - b) / max(1.0, abs(b)) for a, b in zip(ours, theirs, strict=True)]

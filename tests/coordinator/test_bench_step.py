@@ -22,7 +22,7 @@ class Peer:
         self.losses, self.error = losses, error
 
     def run(self, steps: int) -> dict[str, Any]:
-        assert steps == child.BATCHES
+        assert steps == step.COMPARED
         if self.error:
             raise EngineError(self.error)
         return {"losses": self.losses}
