@@ -75,7 +75,10 @@ def settings(options: dict[str, object]) -> Settings:
         from coordinator.demo.data import owners
 
         given["devices"] = owners(Path(str(given["data"])))
-    given.setdefault("cohort", given.get("devices", Settings().devices))
+    devices = int(str(given.get("devices", Settings().devices)))
+    given.setdefault("cohort", devices)
+    if given["straggle"]:  # every round waits for its deadline: as short as the others need
+        given.setdefault("deadline_s", max(4.0, 0.6 * devices))
     known = {f.name for f in dataclasses.fields(Settings)}
     return Settings(**{name: value for name, value in given.items() if name in known})  # type: ignore[arg-type] # argparse has checked the types
 

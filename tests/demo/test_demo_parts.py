@@ -98,6 +98,18 @@ def test_droppers_and_stragglers_are_other_devices_and_the_quorum_can_be_met() -
     assert 1 <= s.quorum <= 4
 
 
+def test_the_deadline_is_short_where_every_round_waits_for_it() -> None:
+    usual = cli.settings(vars(cli.parser().parse_args([])))
+    late = cli.settings(vars(cli.parser().parse_args(["--straggle", "0.3"])))
+    assert late.deadline_s < usual.deadline_s
+    assert (
+        cli.settings(
+            vars(cli.parser().parse_args(["--straggle", "0.3", "--deadline", "9"]))
+        ).deadline_s
+        == 9
+    )
+
+
 def record() -> report.Record:
     rounds = [
         report.RoundRow(1, "commit", 9, 1, 0, 0.5),

@@ -76,7 +76,7 @@ def test_compression_costs_no_accuracy(seeds: Seeds, figure: Figure) -> None:
 @pytest.mark.broker
 def test_dropouts_and_stragglers_cost_little(seeds: Seeds, figure: Figure) -> None:
     chosen = seeds(3)
-    records = [run(seed=s, drop=0.3, straggle=0.3, deadline_s=8.0) for s in chosen]
+    records = [run(seed=s, drop=0.3, straggle=0.3, deadline_s=6.0) for s in chosen]
     after = mean(r.accuracy_after for r in records)
     figure("demo: accuracy with 30 % dropped, 30 % late", after, ">= undisturbed - 0.03")
     figure("demo: seconds with 30 % dropped, 30 % late", max(r.seconds for r in records), "< 180")
