@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo without its processes: the shipped int8 model, ten devices, fifteen rounds."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from federation import Plan, federate
+
+from coordinator.compiler import build, momentum
+from coordinator.demo import score
+from coordinator.demo.data import dirichlet
+from coordinator.demo.settings import Settings
+
+RECIPE = Path(__file__).parents[2] / "models" / "digits" / "build.py"
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Any:
+    spec = importlib.util.spec_from_file_location("recipe_digits", RECIPE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_parts_of_the_digits_share_no_row(recipe: Any) -> None:
+    for seed in range(3):
+        parts = recipe.split(seed)
+        assert [len(part.y) for part in parts] == [397, 80, 1320]
+        rows = np.concatenate([part.x.reshape(len(part.x), -1) for part in parts])
+        assert len(np.unique(rows, axis=0)) >= 1797 - 5  # a few digits are drawn alike
+        assert set(np.unique(parts.pretrain.y)) == set(range(10))
+
+
+def _learned(recipe: Any, seed: int, codec: str) -> dict[str, float]:
+    """Return accuracies of the int8 file by plain onnxruntime, and how much smaller updates are."""
+    settings, rows = Settings(), recipe.split(seed)
+    optimizer = momentum(0.9, lr=settings.lr)
+    bundle = build(recipe.build(seed), loss="cross_entropy", optimizer=optimizer)
+    owner = dirichlet(rows.devices.y, 10, 0.5, np.random.default_rng(seed))
+    devices = [(rows.devices.x[owner == i], rows.devices.y[owner == i]) for i in range(10)]
+    plan = Plan(
+        settings.rounds, 10, settings.epochs, settings.batch, settings.lr, codec=codec, seed=seed
+    )
+    done = federate(bundle, devices, plan, lambda p: score.exported(bundle, p, *rows.test))
+    steps = [settings.rounds * settings.epochs * -(-len(y) // settings.batch) for _, y in devices]
+    alone = score.alone(bundle, devices, steps, rows.test, batch=settings.batch, seed=seed)
+    size = 4 * sum(value.size for value in done.params.values())
+    return {
+        "before": score.exported(bundle, bundle.params(), *rows.test),
+        "after": done.scores[-1],
+        "alone": float(np.mean(alone)),
+        "ratio": size / float(np.mean(done.sizes)),
+        "weights": size / 4,
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_devices_learn_what_none_of_them_could_alone(
+    recipe: Any, seeds: Callable[[int], range], figure: Callable[..., None]
+) -> None:
+    runs = [_learned(recipe, seed, "default") for seed in seeds(5)]
+    dense = [_learned(recipe, seed, "dense")["after"] for seed in seeds(5)]
+    mean = {name: float(np.mean([run[name] for run in runs])) for name in runs[0]}
+    figure("digits in process: shipped model", mean["before"])
+    figure("digits in process: average device alone", mean["alone"])
+    figure("digits in process: federation", mean["after"], ">= 0.95")
+    figure("digits in process: federation, uncompressed", float(np.mean(dense)))
+    figure("digits in process: dense float32 / update body", mean["ratio"], ">= 25")
+    assert mean["weights"] >= 30_000
+    assert mean["after"] >= 0.95
+    assert mean["after"] >= mean["before"] + 0.05
+    assert mean["after"] >= mean["alone"] + 0.15
+    assert mean["after"] >= float(np.mean(dense)) - 0.01
+    assert mean["ratio"] >= 25
