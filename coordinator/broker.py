@@ -187,15 +187,14 @@ async def _listening(child: asyncio.subprocess.Process, port: int) -> None:
 
 
 async def _end(child: asyncio.subprocess.Process) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        child.terminate()
-    try:
-        async with asyncio.timeout(STOP_S):
-            await child.wait()
-    except TimeoutError:
+    for attempt in range(10):  # again: mosquitto misses a signal that comes right after its start
         with contextlib.suppress(ProcessLookupError):
-            child.kill()
-        await child.wait()
+            child.terminate() if attempt < 9 else child.kill()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(STOP_S / 10):
+                await child.wait()
+            return
+    await child.wait()
 
 
 # --- amqtt ----------------------------------------------------------------------------------------
