@@ -149,8 +149,8 @@ class _Turning:
         full = [n for n in (x, *others) if n and self.e.shape(n) not in {(), (1,)}]
         if not full or any(n not in self.turned for n in full):
             return False
-        if len({self.e.shape(n) for n in full}) != 1:
-            return False
+        if len({self.e.rank(n) for n in full}) != 1:
+            return False  # what broadcasts from fewer dimensions would meet others
         inputs = [self.turned.get(n, n) for n in node.inputs]
         (made,) = self.e.op(node.op, inputs, domain=node.domain, **node.attributes)
         return self._keep(node, made)

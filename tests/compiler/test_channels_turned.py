@@ -148,6 +148,15 @@ def test_a_residual_connection_stays_turned(monkeypatch: pytest.MonkeyPatch) -> 
         np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-6)
 
 
+def test_squeeze_and_excite_stays_turned(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model((4, 10, 5)).depthwise(4, (3, 3), pads=[1, 1, 1, 1]).add("Relu")
+    image = model.at
+    model.add("GlobalAveragePool").pointwise(4, 2).add("Relu").pointwise(2, 4).add("HardSigmoid")
+    turned, plain = bundles(model.add("Mul", image).done(4), monkeypatch)
+    for got, want in zip(step(turned, 3), step(plain, 3), strict=True):
+        np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-6)
+
+
 def test_what_lies_below_the_trained_layers_is_left_alone() -> None:
     model = Model((4, 25, 5)).depthwise(4, (3, 3), pads=[1, 1, 1, 1]).add("Relu").done(4)
     head = build(model, loss="cross_entropy", train="last:1", optimizer=momentum(0.9, lr=0.1))
