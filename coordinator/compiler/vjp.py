@@ -51,6 +51,22 @@ NO_GRADIENT: dict[str, frozenset[int]] = {
     "Tile": frozenset({1}),
     "ReduceSum": frozenset({1}),
     "ReduceMean": frozenset({1}),
+    "ReduceL1": frozenset({1}),
+    "ReduceLogSum": frozenset({1}),
+    "ReduceProd": frozenset({1}),
+    "GatherElements": frozenset({1}),
+    "GatherND": frozenset({1}),
+    "ScatterElements": frozenset({1}),
+    "ScatterND": frozenset({1}),
+    "TopK": frozenset({1}),
+    "Compress": frozenset({1}),
+    "MaxUnpool": frozenset({1, 2}),
+    "OneHot": frozenset({0, 1}),
+    "ReverseSequence": frozenset({1}),
+    "CenterCropPad": frozenset({1}),
+    "Col2Im": frozenset({1, 2}),
+    "CastLike": frozenset({1}),
+    "Range": frozenset({1}),
     "ReduceMax": frozenset({1}),
     "ReduceMin": frozenset({1}),
     "ReduceL2": frozenset({1}),
@@ -71,10 +87,13 @@ NO_GRADIENT: dict[str, frozenset[int]] = {
 
 FLAT: frozenset[str] = frozenset(
     {
-        "ArgMax", "ArgMin", "BitShift", "Ceil", "ConstantOfShape", "Equal", "EyeLike", "Floor",
-        "Greater", "GreaterOrEqual", "IsInf", "IsNaN", "Less", "LessOrEqual", "Not", "And", "Or",
-        "NonZero", "OneHot", "Range", "RandomNormalLike", "RandomUniformLike", "Round", "Shape",
-        "Sign", "Size",
+        "And", "ArgMax", "ArgMin", "Bernoulli", "BitShift", "BitwiseAnd", "BitwiseNot",
+        "BitwiseOr", "BitwiseXor", "BlackmanWindow", "Ceil", "ConstantOfShape", "Equal",
+        "EyeLike", "Floor", "Greater", "GreaterOrEqual", "HammingWindow", "HannWindow", "Hardmax",
+        "IsInf", "IsNaN", "Less", "LessOrEqual", "MelWeightMatrix", "Multinomial",
+        "NonMaxSuppression", "NonZero", "Not", "Or", "RandomNormal", "RandomNormalLike",
+        "RandomUniform", "RandomUniformLike", "Round", "Shape", "Sign", "Size",
+        "TfIdfVectorizer", "Xor",
     }
 )  # fmt: skip
 """Operators whose gradient is zero or undefined everywhere: the walk stops there."""

@@ -83,6 +83,36 @@ def _batch_norm(a: dict, x: Any, *vectors: Any) -> Any:
     return F.batch_norm(x, mean, var, scale, bias, training=False, eps=a.get("epsilon", 1e-5))
 
 
+def _gather_elements(a: dict, x: Any, indices: Any) -> Any:
+    axis = a.get("axis", 0)
+    return torch.gather(x, axis, indices % x.shape[axis])
+
+
+def _scatter_elements(a: dict, x: Any, indices: Any, updates: Any) -> Any:
+    axis = a.get("axis", 0)
+    indices = indices % x.shape[axis]
+    if a["reduction"] == "none":
+        return x.scatter(axis, indices, updates)
+    how = {"add": "sum", "mul": "prod", "max": "amax", "min": "amin"}[a["reduction"]]
+    return x.scatter_reduce(axis, indices, updates, how)
+
+
+def _product(a: dict, x: Any, axes: Any = None) -> Any:
+    if axes is None:
+        return x
+    for axis in sorted((int(i) % x.ndim for i in axes), reverse=True):
+        x = x.prod(axis, keepdim=bool(a.get("keepdims", 1)))
+    return x
+
+
+def _resize(a: dict, x: Any, _: Any, scales: Any, sizes: Any = None) -> Any:
+    kind = {"linear": {3: "linear", 4: "bilinear"}[x.ndim], "cubic": "bicubic"}[a["mode"]]
+    corners = a.get("coordinate_transformation_mode") == "align_corners"
+    size = None if sizes is None else [int(n) for n in sizes[2:]]
+    scale = None if scales is None else [float(s) for s in scales[2:]]
+    return F.interpolate(x, size, scale, kind, align_corners=corners)
+
+
 TORCH: dict[str, Callable[..., Any]] = {
     "Conv": _conv,
     "ConvTranspose": _deconv,
@@ -104,6 +134,28 @@ TORCH: dict[str, Callable[..., Any]] = {
         x, weight=s, bias=b, eps=a.get("epsilon", 1e-5)
     ),
     "Erf": lambda _, x: torch.erf(x),
+    "Tan": lambda _, x: torch.tan(x),
+    "Asin": lambda _, x: torch.asin(x),
+    "Acos": lambda _, x: torch.acos(x),
+    "Atanh": lambda _, x: torch.atanh(x),
+    "Sinh": lambda _, x: torch.sinh(x),
+    "Cosh": lambda _, x: torch.cosh(x),
+    "Asinh": lambda _, x: torch.asinh(x),
+    "Acosh": lambda _, x: torch.acosh(x),
+    "Celu": lambda a, x: F.celu(x, a.get("alpha", 1.0)),
+    "Mod": lambda _, x, y: torch.fmod(x, y),
+    "Einsum": lambda a, *xs: torch.einsum(a["equation"], *xs),
+    "GatherElements": _gather_elements,
+    "ScatterElements": _scatter_elements,
+    "TopK": lambda a, x, k: (
+        torch.topk(x, int(k), a.get("axis", -1), bool(a.get("largest", 1))).values
+    ),
+    "LRN": lambda a, x: F.local_response_norm(
+        x, a["size"], a["alpha"], a.get("beta", 0.75), a.get("bias", 1.0)
+    ),
+    "LpNormalization": lambda a, x: F.normalize(x, a.get("p", 2), a.get("axis", -1)),
+    "ReduceProd": _product,
+    "Resize": _resize,
 }
 ONNX_ONLY = ("auto_pad", "output_shape")  # paddings that torch does not compute
 
@@ -113,7 +165,17 @@ def _comparable(case: Case) -> bool:
     uneven = pads[: len(pads) // 2] != pads[len(pads) // 2 :]
     if case.op == "AveragePool" and uneven:
         return False
+    if case.op == "Resize":
+        return _as_torch_resizes(case)
     return case.op in TORCH and not set(case.attributes) & set(ONNX_ONLY)
+
+
+def _as_torch_resizes(case: Case) -> bool:
+    """Linear, and cubic with torch's own coefficient."""
+    a = dict(case.attributes)
+    known = a.get("mode") == "linear" or (a.get("mode") == "cubic" and len(a) == 1)
+    asymmetric = a.get("coordinate_transformation_mode") == "asymmetric"
+    return known and not asymmetric and "antialias" not in a
 
 
 KNOWN = [case for case in CASES if _comparable(case)]
@@ -123,7 +185,10 @@ KNOWN = [case for case in CASES if _comparable(case)]
 def test_torch_agrees(case: Case) -> None:
     upstream = upstream_for(case)
     grads = Gradient(case, dynamic=True)(case.inputs, upstream)
-    leaves = [torch.tensor(x, requires_grad=i in case.wrt) for i, x in enumerate(case.inputs)]
+    leaves = [
+        None if x is None else torch.tensor(x, requires_grad=i in case.wrt)
+        for i, x in enumerate(case.inputs)
+    ]
     expected = TORCH[case.op](dict(case.attributes), *leaves)
     expected.backward(torch.tensor(upstream[0]))
     for index, got in zip(case.wrt, grads, strict=True):

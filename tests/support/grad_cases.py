@@ -9,38 +9,8 @@ from typing import Any
 
 import numpy as np
 from check_grads import Case
-
-_RNG = np.random.default_rng(20)
-F = np.float32
-
-
-def normal(*shape: int) -> np.ndarray:
-    """Return standard normal values."""
-    return _RNG.standard_normal(shape).astype(F)
-
-
-def positive(*shape: int) -> np.ndarray:
-    """Return values in [0.5, 2]."""
-    return _RNG.uniform(0.5, 2.0, shape).astype(F)
-
-
-def spaced(*shape: int, gap: float = 0.1, shift: float = 0.05) -> np.ndarray:
-    """Return values that differ by at least `gap` and keep half a gap from multiples of it."""
-    n = int(np.prod(shape))
-    return ((_RNG.permutation(n) - n // 2) * gap + shift).astype(F).reshape(shape)
-
-
-def ints(*values: int) -> np.ndarray:
-    """Return an int64 vector."""
-    return np.array(values, np.int64)
-
-
-def _unary(op: str, make: Callable[..., np.ndarray], *settings: dict[str, Any]) -> list[Case]:
-    settings = settings or ({}, {})
-    shapes = [(3, 4), (2, 3, 5), (4,)]
-    return [
-        Case(op, (make(*shapes[i % 3]),), setting, batch=(0,)) for i, setting in enumerate(settings)
-    ]
+from grad_cases_rest import REST
+from grad_draws import RNG, F, ints, normal, positive, spaced, unary
 
 
 def _binary(op: str, right: Callable[..., np.ndarray] = normal) -> list[Case]:
@@ -74,33 +44,33 @@ ELEMENTWISE = [
     *_binary("Sub"),
     *_binary("Mul"),
     *_binary("Div", positive),
-    *_unary("Neg", normal),
-    *_unary("Abs", spaced),
-    *_unary("Reciprocal", positive),
-    *_unary("Exp", normal),
-    *_unary("Log", positive),
-    *_unary("Sqrt", positive),
+    *unary("Neg", normal),
+    *unary("Abs", spaced),
+    *unary("Reciprocal", positive),
+    *unary("Exp", normal),
+    *unary("Log", positive),
+    *unary("Sqrt", positive),
     *[Case("Erf", (normal(*s),), meaning=np.vectorize(math.erf), batch=(0,)) for s in _TWO],
-    *_unary("Sigmoid", normal),
-    *_unary("Tanh", normal),
-    *_unary("Softplus", normal),
-    *_unary("Softsign", normal),
-    *_unary("Mish", normal),
+    *unary("Sigmoid", normal),
+    *unary("Tanh", normal),
+    *unary("Softplus", normal),
+    *unary("Softsign", normal),
+    *unary("Mish", normal),
     Case("Gelu", (normal(3, 4),), meaning=_gelu, batch=(0,), opset=20),
     Case("Gelu", (normal(2, 5),), {"approximate": "tanh"}, batch=(0,), opset=20),
-    *_unary("Sin", normal),
-    *_unary("Cos", normal),
-    *_unary("Atan", normal),
-    *_unary("Selu", spaced, {}, {"alpha": 1.5, "gamma": 0.8}),
+    *unary("Sin", normal),
+    *unary("Cos", normal),
+    *unary("Atan", normal),
+    *unary("Selu", spaced, {}, {"alpha": 1.5, "gamma": 0.8}),
     *_several("Sum", normal),
     *_several("Mean", normal),
     *_several("Max", spaced),
     *_several("Min", spaced),
-    *_unary("Relu", spaced),
-    *_unary("LeakyRelu", spaced, {}, {"alpha": 0.3}, {"alpha": -0.5}),
-    *_unary("Elu", spaced, {}, {"alpha": 0.3}),
-    *_unary("HardSigmoid", lambda *s: spaced(*s, gap=0.7), {}, {"alpha": 0.3, "beta": 0.4}),
-    *_unary("HardSwish", lambda *s: spaced(*s, gap=0.7)),
+    *unary("Relu", spaced),
+    *unary("LeakyRelu", spaced, {}, {"alpha": 0.3}, {"alpha": -0.5}),
+    *unary("Elu", spaced, {}, {"alpha": 0.3}),
+    *unary("HardSigmoid", lambda *s: spaced(*s, gap=0.7), {}, {"alpha": 0.3, "beta": 0.4}),
+    *unary("HardSwish", lambda *s: spaced(*s, gap=0.7)),
     Case("PRelu", (spaced(3, 4), normal(4)), wrt=(0, 1), batch=(0,)),
     Case("PRelu", (spaced(2, 3, 2, 2), normal(3, 1, 1)), wrt=(0, 1), batch=(0,)),
     Case("Clip", (spaced(4, 5), np.array(-0.3, F), np.array(0.6, F)), {}, fixed=(1, 2), batch=(0,)),
@@ -119,7 +89,7 @@ ELEMENTWISE = [
     Case("Pow", (positive(3, 4), np.array(-0.5, F)), fixed=(1,), batch=(0,)),
     Case("Pow", (normal(3, 4), np.array(3, np.int64)), fixed=(1,), batch=(0,)),
     Case("Pow", (positive(3, 1), positive(4)), batch=(0,)),
-    Case("Where", (_RNG.random((3, 4)) > 0.5, normal(3, 4), normal(4)), wrt=(1, 2), batch=(0, 1)),
+    Case("Where", (RNG.random((3, 4)) > 0.5, normal(3, 4), normal(4)), wrt=(1, 2), batch=(0, 1)),
     Case("Where", (np.array([True, False]), normal(3, 2), normal(3, 1)), wrt=(1, 2)),
 ]
 
@@ -325,7 +295,7 @@ def _linear_at_first(op: str, inputs: tuple[Any, ...]) -> Case:
 
 
 SHAPE = [
-    *_unary("Identity", normal),
+    *unary("Identity", normal),
     Case("Cast", (normal(3, 4),), {"to": 1}, batch=(0,), eps=0.5),
     Case("Cast", (normal(3, 4),), {"to": 11}, batch=(0,)),
     Case("Reshape", (normal(2, 3, 4), ints(0, -1)), fixed=(1,), batch=(0,)),
@@ -446,4 +416,4 @@ QUANTIZE = [
     _quantized(np.int8, np.array([0.1, 0.2, 0.01, 0.3], F), np.zeros(4, np.int8), 0),
 ]
 
-CASES = [*ELEMENTWISE, *LINEAR, *CONV, *POOL, *NORM, *REDUCE, *SHAPE, *RESAMPLE, *QUANTIZE]
+CASES = [*ELEMENTWISE, *LINEAR, *CONV, *POOL, *NORM, *REDUCE, *SHAPE, *RESAMPLE, *QUANTIZE, *REST]

@@ -4,8 +4,12 @@
 from coordinator.compiler.rules import (
     activations,
     conv,
+    curves,
+    einsum,
     elementwise,
+    gather,
     linear,
+    lp,
     norm,
     pool,
     quantize,
@@ -13,13 +17,18 @@ from coordinator.compiler.rules import (
     resample,
     shape,
     softmax,
+    unfold,
 )
 
 __all__ = [
     "activations",
     "conv",
+    "curves",
+    "einsum",
     "elementwise",
+    "gather",
     "linear",
+    "lp",
     "norm",
     "pool",
     "quantize",
@@ -27,4 +36,5 @@ __all__ = [
     "resample",
     "shape",
     "softmax",
+    "unfold",
 ]

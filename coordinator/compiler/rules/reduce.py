@@ -12,6 +12,9 @@ from coordinator.compiler.graph import Node
 from coordinator.compiler.vjp import Grads, vjp
 from edge_sdk.errors import CompileError
 
+_TINY = 1e-19
+"""What a norm of zero counts as: its square is the least float32."""
+
 
 def axes_of(e: Emit, n: Node) -> tuple[int, ...]:
     """Return the reduced axes of a node, not negative; the empty tuple when it reduces nothing."""
@@ -85,7 +88,8 @@ def _reduce_sum_square(e: Emit, n: Node, g: str) -> Grads:
 def _reduce_l2(e: Emit, n: Node, g: str) -> Grads:
     """Take y = sqrt(sum(x * x)): the slope is x / y."""
     axes = axes_of(e, n)
-    return (e.Mul(n.inputs[0], e.Div(kept(e, n, g, axes), kept(e, n, n.outputs[0], axes))),)
+    size = e.Max(kept(e, n, n.outputs[0], axes), e.const(_TINY))
+    return (e.Mul(n.inputs[0], e.Div(kept(e, n, g, axes), size)),)
 
 
 @vjp("ReduceLogSumExp")
@@ -93,3 +97,32 @@ def _reduce_log_sum_exp(e: Emit, n: Node, g: str) -> Grads:
     axes = axes_of(e, n)
     share = e.Exp(e.Sub(n.inputs[0], kept(e, n, n.outputs[0], axes)))
     return (e.Mul(share, kept(e, n, g, axes)),)
+
+
+@vjp("ReduceL1")
+def _reduce_l1(e: Emit, n: Node, g: str) -> Grads:
+    return (e.Mul(e.Sign(n.inputs[0]), kept(e, n, g, axes_of(e, n))),)
+
+
+@vjp("ReduceLogSum")
+def _reduce_log_sum(e: Emit, n: Node, g: str) -> Grads:
+    """Take y = log(sum(x)): the slope is exp(-y) everywhere."""
+    axes = axes_of(e, n)
+    slope = e.Exp(e.Neg(n.outputs[0]))
+    return (spread(e, n, e.Mul(g, slope), axes),) if axes else (e.Mul(g, slope),)
+
+
+@vjp("ReduceProd")
+def _reduce_prod(e: Emit, n: Node, g: str) -> Grads:
+    """Multiply the others: one zero leaves a slope at its own place only, two leave none."""
+    x, axes = n.inputs[0], axes_of(e, n)
+    if not axes:
+        return (g,)
+    along = e.ints(*axes)
+    zero = e.Cast(e.Equal(x, e.const(0.0)), to=np.float32)
+    full = e.Add(x, zero)
+    product = e.Mul(kept(e, n, g, axes), e.ReduceProd(full, along, keepdims=1))
+    zeros = e.ReduceSum(zero, along, keepdims=1)
+    none, one = (e.Cast(e.Equal(zeros, e.const(c)), to=np.float32) for c in (0.0, 1.0))
+    place = e.Add(e.Mul(none, e.Reciprocal(full)), e.Mul(one, zero))
+    return (e.Mul(product, place),)
