@@ -74,7 +74,8 @@ def _layer(node: dict[str, Any]) -> Layer:
     if op == "Conv":
         return _conv(attributes)
     if op == "Gemm" and attributes.get("transB") and not attributes.get("transA"):
-        return functional.linear
+        linear: Layer = functional.linear
+        return linear
     if op in {"MaxPool", "AveragePool"}:
         return _pool(op, attributes)
     if op not in PLAIN:
