@@ -9,7 +9,7 @@ the speed of a matrix product, forward and for both gradients.
 
 For that, images stand as [channels, examples, ...] ("turned"). Pointwise convolutions are one
 product of two matrices there, so tensors stay turned until an operator wants them as they were.
-Figures: docs/benchmarks.md.
+Figures: docs/adr/0008-depthwise-layers-are-banded-products.md.
 """
 
 from __future__ import annotations
