@@ -24,6 +24,7 @@ from edge_sdk.types import Params, Shapes
 if TYPE_CHECKING:
     from typing import Self
 
+    from edge_sdk.limits import Limits
     from edge_sdk.signing import Signer
 
 MANIFEST, PARAMS, SIGNATURE = "manifest.json", "params.bin", "signature"
@@ -89,6 +90,17 @@ class Bundle:
         if name not in self._members:
             raise BundleError(f"expected one of {sorted(self._members)}, got {name!r}")
         return bytes(self._members[name])
+
+    def check(self, limits: Limits | None = None) -> None:
+        """Check the graphs as a device does before it runs them.
+
+        Raises: RefusedError, one line that names graph, node and reason.
+        """
+        from edge_sdk import graphcheck  # the training child never needs it
+        from edge_sdk.limits import Limits
+
+        members = self._members.__getitem__
+        graphcheck.check(self.manifest, members, len(self.data), limits or Limits())
 
     def graph(self, engine: str, role: str) -> bytes:
         """Return the `predict`, `train` or `evaluate` graph written for an engine.

@@ -19,6 +19,10 @@ class BundleError(FedgeError, ValueError):
     """A bundle is damaged, forged or too new: fetch it again or upgrade."""
 
 
+class RefusedError(BundleError):
+    """A bundle is whole, and this device will not run it: the message names graph and reason."""
+
+
 class CodecError(FedgeError, ValueError):
     """An update body breaks its declared bounds, or a codec chain makes no sense."""
 

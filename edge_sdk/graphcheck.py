@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a device may run a bundle's graphs, judged before an engine sees them. Pure.
+
+`check` passes, or raises a RefusedError of one line that names the graph, the node and the reason.
+What it proves: only known operators without side effects; inputs and outputs as the manifest
+promises, and no others; patches that write weights and nothing else; an example reaches the outside
+only through new parameters, new optimizer state and scalar metrics, and, where the manifest
+promises a clip, through the clip. docs/reference/bundle-checks.md lists every check.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from edge_sdk import onnxfile, portcheck, reach, tensorcheck
+from edge_sdk.errors import BundleError, RefusedError
+from edge_sdk.limits import Limits
+from edge_sdk.onnxfile import OnnxFile, Operation, shown
+from edge_sdk.onnxschema import STRING
+from edge_sdk.operators import ALLOWED
+
+T = TypeVar("T")
+Member = Callable[[str], memoryview]
+ENGINE = "ort"
+_OTHER_FORMAT = b"ORTM"  # at byte 4: onnxruntime would read its own format instead of ONNX
+_CONFIG = "ort_config"  # session options in a model's metadata
+_NUMBERS = {"float", "floats", "int", "ints", "string", "strings", "tensor"}
+_DTYPE_SETTINGS = {"to", "dtype", "output_dtype"}
+_DECLARED = {
+    "flops_step": ("max_flops_step", "floating-point operations to train on one example"),
+    "bytes_update": ("max_update_bytes", "bytes of an update"),
+}
+
+
+def check(manifest: Mapping[str, Any], member: Member, size: int, limits: Limits) -> None:
+    """Check the graphs that onnxruntime would run.
+
+    Args:
+        manifest: checked against its schema.
+        member: the bytes of a member, by name.
+        size: of the bundle, bytes.
+        limits: what this device is ready to spend.
+
+    Raises: RefusedError, one line, for the first thing that is not as it must be.
+    """
+    _check_declared(manifest, size, limits)
+    roles = manifest["graphs"].get(ENGINE)
+    if roles is None:
+        raise RefusedError(f"expected graphs for {ENGINE}, got {sorted(manifest['graphs'])}")
+    graphs = {role: _read(role, member(roles[role]), limits) for role in sorted(roles)}
+    for role, graph in graphs.items():
+        _in(role, portcheck.check, role, graph, manifest)
+    _in("predict", tensorcheck.check_patches, manifest, graphs["predict"])
+    _in("train", _check_flow, manifest, graphs["train"])
+    _check_memory(manifest, graphs["train"], limits)
+
+
+def _in(role: str, run: Callable[..., T], *args: object) -> T:
+    """Run a check; what it refuses names the graph."""
+    try:
+        return run(*args)
+    except BundleError as error:
+        raise RefusedError(f"{role} graph: {error}") from error
+
+
+def _read(role: str, data: memoryview, limits: Limits) -> OnnxFile:
+    graph = _in(role, _read_onnx, data)
+    for run in (_check_model, _check_nodes, tensorcheck.check_stored):
+        _in(role, run, graph, limits)
+    return graph
+
+
+def _read_onnx(data: memoryview) -> OnnxFile:
+    if bytes(data[4:8]) == _OTHER_FORMAT:
+        raise RefusedError("expected ONNX, got onnxruntime's own format")
+    return onnxfile.read(data)
+
+
+# --- what it costs ------------------------------------------------------------------------------
+def _check_declared(manifest: Mapping[str, Any], size: int, limits: Limits) -> None:
+    _check_limit("max_bundle_bytes", "bytes of bundle", size, limits)
+    for name, value in manifest["cost"].items():
+        if isinstance(value, dict):
+            continue
+        limit, what = _DECLARED.get(name, ("", ""))
+        if name.startswith("ram_"):
+            limit, what = "max_ram_bytes", f"bytes of memory ({name})"
+        if limit:
+            _check_limit(limit, what, value, limits)
+
+
+def _check_memory(manifest: Mapping[str, Any], train: OnnxFile, limits: Limits) -> None:
+    """Count what training takes at the least, whatever the manifest declares."""
+    params = sum(math.prod(p["shape"]) for p in manifest["params"])
+    slots = sum(math.prod(s["shape"]) for s in manifest["slots"])
+    anchors = params if manifest["proximal"] else 0
+    constants = sum(map(tensorcheck.nbytes, train.initializers.values()))
+    least = 4 * (2 * (params + slots) + anchors) + constants  # a step reads one set, writes another
+    _check_limit("max_ram_bytes", "bytes of memory for weights and optimizer", least, limits)
+
+
+def _check_limit(name: str, what: str, value: float, limits: Limits) -> None:
+    most = getattr(limits, name)
+    if value > most:
+        raise RefusedError(f"needs {value:.0f} {what}, this device allows {name}={most}")
+
+
+# --- what a graph is made of --------------------------------------------------------------------
+def _check_model(graph: OnnxFile, limits: Limits) -> None:
+    for what, count in graph.extras.items():
+        if count:
+            raise RefusedError(f"expected no {what}, got {count}")
+    if _CONFIG in graph.metadata:
+        raise RefusedError(f"expected no {_CONFIG} in its metadata: a device sets its own options")
+    if len(graph.nodes) > limits.max_nodes:
+        _check_limit("max_nodes", "nodes", len(graph.nodes), limits)
+    for value in graph.values:
+        if value.kind not in {"tensor", ""} or value.dtype == STRING:
+            kind = "strings" if value.dtype == STRING else value.kind
+            raise RefusedError(
+                f"value {shown(value.name)}: expected a tensor of numbers, got {kind}"
+            )
+
+
+def _check_nodes(graph: OnnxFile, _: Limits) -> None:
+    """Check each node by itself, and that each reads only what was made before, made once."""
+    inputs = {port.name for port in graph.inputs}
+    known = inputs | graph.initializers.keys()
+    if len(known) != len(inputs) + len(graph.initializers):
+        twice = sorted(inputs & graph.initializers.keys())
+        raise RefusedError(f"input {shown(twice[0])}: it is stored as well")
+    for node in graph.nodes:
+        _check_node(node)
+        for name in node.inputs:
+            if name and name not in known:
+                raise RefusedError(f"{node.label}: reads {shown(name)}, which nothing made before")
+        for name in filter(None, node.outputs):
+            if name in known:
+                raise RefusedError(f"{node.label}: makes {shown(name)}, which is there already")
+            known.add(name)
+    for port in graph.outputs:
+        if port.name not in known:
+            raise RefusedError(f"output {shown(port.name)}: nothing makes it")
+
+
+def _check_node(node: Operation) -> None:
+    if node.domain not in ALLOWED:
+        raise RefusedError(f"{node.label}: operators of {shown(node.domain)} may not run here")
+    if node.op not in ALLOWED[node.domain]:
+        raise RefusedError(f"{node.label}: this operator is not among those that may run here")
+    if not any(node.outputs):
+        raise RefusedError(f"{node.label}: expected it to make something")
+    if node.overload or node.is_placed:
+        raise RefusedError(f"{node.label}: expected no overload and no placement on devices")
+    for setting in node.attributes:
+        what = f"{node.label}, attribute {shown(setting.name)}"
+        if setting.kind not in _NUMBERS:
+            raise RefusedError(f"{what}: expected numbers or a word, got {setting.kind}")
+        if node.op == "Constant" and setting.kind in {"string", "strings"}:
+            raise RefusedError(f"{what}: expected numbers, got strings")
+        if setting.name in _DTYPE_SETTINGS and setting.number == STRING:
+            raise RefusedError(f"{what}: expected a type of numbers, got strings")
+
+
+# --- where an example may go --------------------------------------------------------------------
+def _check_flow(manifest: Mapping[str, Any], train: OnnxFile) -> None:
+    """Outputs are the promised ones already; new parameters must be steps from old ones, clipped.
+
+    State may hold what was not clipped, as it stays on the device: then it counts as an example.
+    """
+    _check_steps(manifest, train)
+    params = [f"p.{i}.next" for i in range(len(manifest["params"]))]
+    for part in manifest["optimizer"]:
+        if part[0] != "clip":
+            continue
+        limit = part[1] if len(part) == 2 else None
+        if not isinstance(limit, int | float):
+            raise RefusedError(f"expected a clip with its limit in the manifest, got {shown(part)}")
+        stages = [c for c in reach.clips(train, limit) if len(c.reads) == len(params)]
+        leaks = [_past(manifest, train, stage) for stage in stages] or [set(params)]
+        if leak := min(leaks, key=len):
+            raise RefusedError(
+                f"output {min(leak)}: expected examples to reach it only through the clip at "
+                f"{limit:g} that the manifest promises, there is another way"
+            )
+
+
+def _check_steps(manifest: Mapping[str, Any], train: OnnxFile) -> None:
+    """Refuse a new parameter that does not come from the old one: it would be something else."""
+    seen = {f"p.{i}": 1 << i for i in range(len(manifest["params"]))}
+    for node in train.nodes:
+        bits = 0
+        for name in node.inputs:
+            bits |= seen.get(name, 0)
+        seen |= dict.fromkeys(node.outputs, bits)
+    for i in range(len(manifest["params"])):
+        if not seen.get(f"p.{i}.next", 0) >> i & 1:
+            raise RefusedError(
+                f"output p.{i}.next: expected a step from p.{i}, it does not read it"
+            )
+
+
+def _past(manifest: Mapping[str, Any], train: OnnxFile, stage: reach.Clip) -> set[str]:
+    """Return the new parameters that examples reach past a clip stage, in one step or several."""
+    sources = {"x", "y"}
+    while True:
+        found = reach.reached(train.nodes, sources, stage.makes)
+        states = range(len(manifest["slots"]))
+        more = {f"s.{j}" for j in states if f"s.{j}.next" in found} - sources
+        if not more:
+            break
+        sources |= more
+    return {name for i in range(len(manifest["params"])) if (name := f"p.{i}.next") in found}

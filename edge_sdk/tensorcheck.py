@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether the tensors that a graph stores are what they claim, and patches hit weights alone. Pure.
+
+A device writes new weights over bytes of the predict graph; each of those ranges must be exactly
+the raw data of one stored tensor, or the rest of the graph could be rewritten after its check.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from edge_sdk.errors import RefusedError
+from edge_sdk.limits import Limits
+from edge_sdk.onnxfile import OnnxFile, Operation, Stored, shown
+from edge_sdk.onnxschema import DTYPES, STRING
+
+_SHAPE_INPUT = {"ConstantOfShape": 0, "Expand": 1}
+_INT64 = 7
+_CODES = {name: code for code, (name, _, _) in DTYPES.items()}
+
+
+def nbytes(tensor: Stored) -> int:
+    """Return the bytes of a tensor's numbers, from its dims and its element type."""
+    return (tensor.elements * DTYPES[tensor.dtype][1] + 7) // 8
+
+
+def check_stored(graph: OnnxFile, limits: Limits) -> None:
+    """Check every tensor of a graph: dense numbers, all of them in the file.
+
+    Raises: RefusedError.
+    """
+    for tensor in graph.initializers.values():
+        _check_tensor(tensor)
+    for node in graph.nodes:
+        for attribute in node.attributes:
+            for tensor in attribute.tensors:
+                _check_tensor(tensor, f"{node.label}, attribute {shown(attribute.name)}")
+        _check_made(graph, node, limits)
+
+
+def check_patches(manifest: Mapping[str, Any], predict: OnnxFile) -> None:
+    """Check that each patch writes one whole stored tensor, of the type it says.
+
+    Raises: RefusedError.
+    """
+    places = {t.offset: t for t in predict.initializers.values() if t.data}
+    shapes = [p["shape"] for p in manifest["params"]]
+    for i, patch in enumerate(manifest["patches"]):
+        shape = patch["shape"] if patch["param"] is None else shapes[patch["param"]]
+        dtype = {"float32": "float32", "bias": "int32"}.get(patch["kind"]) or patch["dtype"]
+        _check_place(f"patches[{i}]", places.get(patch["offset"]), dtype, math.prod(shape))
+        if patch["kind"] != "float32":
+            stored = places.get(patch["scale_offset"])
+            _check_place(f"patches[{i}] scale", stored, "float32", patch["scales"])
+
+
+def _check_tensor(tensor: Stored, where: str = "") -> None:
+    what = f"{where or 'tensor'} {shown(tensor.name)}" if tensor.name else where or "a tensor"
+    if tensor.is_external:
+        raise RefusedError(f"{what}: expected its numbers inside the bundle, it has external data")
+    if tensor.dtype == STRING:
+        raise RefusedError(f"{what}: expected numbers, got strings")
+    if tensor.dtype not in DTYPES:
+        raise RefusedError(f"{what}: expected a known element type, got number {tensor.dtype}")
+    if not _is_whole(tensor):
+        raise RefusedError(
+            f"{what}: expected {tensor.elements} numbers of {DTYPES[tensor.dtype][0]} as its dims "
+            "say, the file holds another amount"
+        )
+
+
+def _is_whole(tensor: Stored) -> bool:
+    _, bits, field = DTYPES[tensor.dtype]
+    if tensor.data is not None:
+        return not tensor.typed and len(tensor.data) == nbytes(tensor)
+    per_number = 2 if bits == 4 else 1  # a number of the field holds two
+    counts = {name: count for name, count in tensor.typed.items() if count}
+    return counts == ({field: math.ceil(tensor.elements / per_number)} if tensor.elements else {})
+
+
+def _check_made(graph: OnnxFile, node: Operation, limits: Limits) -> None:
+    """Refuse to make a tensor of a stored shape that is beyond this device's memory."""
+    at = _SHAPE_INPUT.get(node.op)
+    shape = (
+        graph.initializers.get(node.inputs[at])
+        if at is not None and at < len(node.inputs)
+        else None
+    )
+    if shape is None or shape.data is None or shape.dtype != _INT64:
+        return
+    size = math.prod(int(d) for d in np.frombuffer(shape.data, "<i8"))
+    if size > limits.max_ram_bytes:
+        raise RefusedError(
+            f"{node.label}: makes {size} numbers, this device allows max_ram_bytes="
+            f"{limits.max_ram_bytes}"
+        )
+
+
+def _check_place(field: str, stored: Stored | None, dtype: str, numbers: int) -> None:
+    if stored is None:
+        raise RefusedError(f"{field}: expected the place of a stored tensor, got other bytes")
+    if (stored.dtype, stored.elements) != (_CODES[dtype], numbers):
+        raise RefusedError(
+            f"{field}: expected {numbers} numbers of {dtype} in {shown(stored.name)}, it holds "
+            f"{stored.elements} of {DTYPES[stored.dtype][0]}"
+        )
