@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-import coordinator.compiler.rules  # noqa: F401  fills the table of gradients
+import coordinator.compiler.rewrites
+import coordinator.compiler.rules  # noqa: F401  both fill their tables
 from coordinator.compiler.channels import turn
 from coordinator.compiler.dequant import drop_requantize, quantize_late, quantized_master
 from coordinator.compiler.emit import Emit
@@ -21,6 +22,7 @@ from coordinator.compiler.graph import Graph, Value
 from coordinator.compiler.losses import Loss
 from coordinator.compiler.optim import Optimizer, Slot, descend, proximal
 from coordinator.compiler.passes import drop_unused, rename, simplify
+from coordinator.compiler.rewrite import rewritten
 from coordinator.compiler.vjp import backward
 from coordinator.compiler.weights import Weight
 from edge_sdk.errors import CompileError
@@ -66,6 +68,8 @@ def open_weights(graph: Graph, weights: Sequence[Weight], logits: str) -> Open:
     inputs = ["x", *(f"p.{i}" for i in range(len(weights)))]
     whole = _aliased(e.graph(outputs=[logits], inputs=inputs), alias)
     ready = simplify(_keeping(whole, leaves).sorted())
+    spelled = rewritten(ready, leaves)
+    ready = ready if spelled is ready else simplify(spelled)
     ready = quantize_late(drop_unused(drop_requantize(ready, leaves)), leaves)
     ready = replace(ready, outputs=ready.outputs[:1]).inferred()
     return Open(ready, logits, tuple(leaves), tuple((w.name, w.value.shape) for w in weights))

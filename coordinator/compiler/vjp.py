@@ -165,7 +165,7 @@ def backward(e: Emit, seeds: Mapping[str, str], targets: Sequence[str]) -> dict[
     """
     _check_opset(e)
     nodes = tuple(e.nodes)
-    wanted = _downstream(nodes, targets)
+    wanted = downstream(nodes, targets)
     e.want(wanted)
     try:
         grads = {name: [g] for name, g in seeds.items()}
@@ -243,7 +243,7 @@ def _total(e: Emit, grads: dict[str, list[str]], target: str, nodes: tuple[Node,
     )
 
 
-def _downstream(nodes: Iterable[Node], targets: Sequence[str]) -> set[str]:
+def downstream(nodes: Iterable[Node], targets: Sequence[str]) -> set[str]:
     """Return every tensor that depends differentiably on a target, targets included."""
     found = set(targets)
     for node in nodes:

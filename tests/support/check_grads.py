@@ -14,9 +14,11 @@ import numpy as np
 import onnxruntime as ort
 from onnx.reference import ReferenceEvaluator
 
-import coordinator.compiler.rules  # noqa: F401 # importing it fills the table
+import coordinator.compiler.rewrites
+import coordinator.compiler.rules  # noqa: F401 # importing them fills the tables
 from coordinator.compiler.emit import Emit
 from coordinator.compiler.passes import drop_unused
+from coordinator.compiler.rewrite import REWRITES, rewritten
 from coordinator.compiler.vjp import backward
 
 Build = Callable[..., Any]
@@ -106,6 +108,9 @@ class Gradient:
         self.case = case
         self.emit = e = Emit(opset=case.opset)
         names, outs = emit_forward(case, e, dynamic=dynamic, dtype=np.float32)
+        if case.op in REWRITES:
+            spelled = rewritten(e.graph(outputs=outs), [names[i] for i in case.wrt])
+            self.emit = e = Emit(spelled)
         seeds = {}
         for index in case.upstream:
             known = e.shape(outs[index])

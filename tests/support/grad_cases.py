@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from check_grads import Case
 from grad_cases_rest import REST
+from grad_cases_rewritten import REWRITTEN
 from grad_draws import RNG, F, ints, normal, positive, spaced, unary
 
 
@@ -416,4 +417,16 @@ QUANTIZE = [
     _quantized(np.int8, np.array([0.1, 0.2, 0.01, 0.3], F), np.zeros(4, np.int8), 0),
 ]
 
-CASES = [*ELEMENTWISE, *LINEAR, *CONV, *POOL, *NORM, *REDUCE, *SHAPE, *RESAMPLE, *QUANTIZE, *REST]
+CASES = [
+    *ELEMENTWISE,
+    *LINEAR,
+    *CONV,
+    *POOL,
+    *NORM,
+    *REDUCE,
+    *SHAPE,
+    *RESAMPLE,
+    *QUANTIZE,
+    *REST,
+    *REWRITTEN,
+]
