@@ -9,6 +9,7 @@ the one as to the other, and what is compared are medians.
 from __future__ import annotations
 
 import importlib.util
+import os
 import statistics
 import tempfile
 from contextlib import ExitStack
@@ -42,7 +43,11 @@ class Side(NamedTuple):
 
 
 class StepCost(TypedDict):
-    """What a step costs; the fields of torch are None where it was not measured."""
+    """What a step costs; the fields of torch are None where it was not measured.
+
+    `load` is the machine's load average of the last minute: above 1, others had a share of it, and
+    torch, whose threads wait by spinning, suffers more than it should.
+    """
 
     model: str
     batch: int
@@ -56,6 +61,7 @@ class StepCost(TypedDict):
     ratio: float | None
     rss_ratio: float | None
     losses_differ_by: float | None
+    load: float
 
 
 def measure(
@@ -67,6 +73,7 @@ def measure(
     """
     if batch < 1 or threads < 1 or repeat < 1:
         raise ConfigError("expected batch, threads and repetitions from 1")
+    load = os.getloadavg()[0]
     loss = loss or recipes.LOSSES.get(model, "cross_entropy")
     with tempfile.TemporaryDirectory(prefix="fedge-bench-") as place, ExitStack() as stack:
         folder = Path(place)
@@ -92,6 +99,7 @@ def measure(
         ratio=mine.ms / theirs.ms if theirs else None,
         rss_ratio=mine.rss_mib / theirs.rss_mib if theirs else None,
         losses_differ_by=differ,
+        load=load,
     )
 
 
