@@ -22,7 +22,7 @@ from edge_sdk import events as ev
 from edge_sdk import footprint, messages, topics
 from edge_sdk.conditions import Condition, Surroundings, always
 from edge_sdk.errand import Errand, budget
-from edge_sdk.errors import FedgeError, MessageError, StoreError
+from edge_sdk.errors import FedgeError, MessageError, RefusedError, StoreError
 from edge_sdk.failpoints import Failpoints
 from edge_sdk.fetching import Fetching
 from edge_sdk.local import Local
@@ -177,6 +177,7 @@ class Agent:
             "version": model.version if model else None,
             "bundle": model.bundle if model else None,
             "model": model.weights if model else None,
+            "refused": self._local.refused,
             "examples": self._local.examples,
             "ready": session.is_ready,
             "conditions_lapsed": list(self._lapsed),
@@ -254,7 +255,10 @@ class Agent:
     def _step_all(self, events: list[ev.Event]) -> None:
         pending = deque(events)
         while pending:
-            self._session, actions = step(self._session, pending.popleft())
+            event = pending.popleft()
+            if isinstance(event, ev.BundleRefused):
+                self._write_status()  # somebody will want to know
+            self._session, actions = step(self._session, event)
             for action in actions:
                 pending += self._guarded(partial(self._do, action))
 
@@ -350,6 +354,8 @@ class Agent:
         except StoreError as error:
             log.warning("model not switched version=%d reason=%s", action.version, error)
             return [ev.SwitchFailed(action.bundle, action.model)]
+        except RefusedError:  # said in the log by whoever judged it
+            return [ev.BundleRefused(action.bundle)]
         except (FedgeError, ModuleNotFoundError) as error:
             log.warning("model refused version=%d reason=%s", action.version, error)
             return [ev.ModelRefused(action.bundle, action.model)]
@@ -421,7 +427,7 @@ class Agent:
 
     # --- the rest -----------------------------------------------------------------------------
     def _first_session(self) -> Session:
-        model = self._local.model
+        model, refused = self._local.model, self._local.refused
         ready = None
         if model is not None:
             parts = bytes.fromhex(model.bundle), bytes.fromhex(model.weights)
@@ -432,6 +438,7 @@ class Agent:
             bundle=ready.bundle if ready else b"",
             weights=ready.model if ready else b"",
             model=ready,
+            refused_bundle=bytes.fromhex(refused["bundle"]) if refused else b"",
             unreceipted=tuple(Unreceipted(w.update, w.round) for w in self._outbox),
         )
 

@@ -18,6 +18,7 @@ from edge_sdk.bundle import Bundle
 from edge_sdk.conditions import ConditionLike, always, condition
 from edge_sdk.errors import ConfigError, MessageError
 from edge_sdk.failpoints import Failpoints
+from edge_sdk.limits import Limits
 from edge_sdk.local import Local
 from edge_sdk.model import Model
 from edge_sdk.outbox import DEFAULT_CAP_BYTES, Outbox
@@ -62,6 +63,8 @@ class Device:
         coordinator_key: the one coordinator to obey (32 bytes, or hex); without it, the first one
             that is met.
         ca_file, username, password: for the broker.
+        limits: the most that a bundle may take here. A bundle beyond them, or one that fails the
+            other checks, is never run: `status` says why, and the device waits for another.
         connect, trainer, clock, root: ports, for tests and simulation.
 
     Raises: ConfigError, BundleError, StoreError or EngineError when it cannot work as asked.
@@ -86,6 +89,7 @@ class Device:
         password: str | None = None,
         keepalive_s: int = 30,
         outbox_bytes: int = DEFAULT_CAP_BYTES,
+        limits: Limits | None = None,
         connect: Connect | None = None,
         trainer: LocalTraining | None = None,
         clock: Clock = time,
@@ -111,7 +115,12 @@ class Device:
                 pinned=_key(coordinator_key),
             )
             self._local = Local(
-                self._store, given, engine=engine, threads=threads, capacity=capacity
+                self._store,
+                given,
+                engine=engine,
+                threads=threads,
+                capacity=capacity,
+                limits=limits,
             )
             will = topics.status(key.id), hello(key, settings, online=False)
             if connect is None:

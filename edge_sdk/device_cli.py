@@ -35,6 +35,7 @@ STATUS_ROWS = (
     "conditions_lapsed",
     "rounds",
     "last_receipt",
+    "refused",
     "outbox",
     "bytes_up",
     "bytes_down",
@@ -185,6 +186,7 @@ def _device(config: DeviceConfig) -> Device:
         password=config.password,
         keepalive_s=config.keepalive_s,
         outbox_bytes=config.outbox_bytes,
+        limits=config.limits,
     )
 
 

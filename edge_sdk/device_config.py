@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from edge_sdk import conditions, topics
 from edge_sdk.conditions import Condition
 from edge_sdk.errors import ConfigError, MessageError
+from edge_sdk.limits import Limits
 
 T = TypeVar("T")
 
@@ -58,6 +59,7 @@ class DeviceConfig:
     keepalive_s: int = 30
     log_level: str = "info"
     source: SourceConfig | None = None
+    limits: Limits = field(default_factory=Limits)
 
     @property
     def password(self) -> str | None:
@@ -79,6 +81,10 @@ class DeviceConfig:
             topics.checked_task(self.task)
         except MessageError as error:
             raise ConfigError(f"task: {error}") from error
+
+
+TABLES: dict[str, type[Any]] = {"source": SourceConfig, "limits": Limits}
+"""Tables of the file and what each is read into."""
 
 
 def load(path: str | Path) -> DeviceConfig:
@@ -105,17 +111,17 @@ def parse(table: Mapping[str, Any], folder: Path = Path()) -> DeviceConfig:
     Raises: ConfigError naming the key.
     """
     values = dict(table)
-    source = values.pop("source", None)
+    tables = {name: values.pop(name) for name in TABLES if name in values}
     config = _read(DeviceConfig, values, folder)
-    if source is None:
-        return config
-    if not isinstance(source, dict):
-        raise ConfigError(f"source: expected a table [source], got {source!r}")
-    return replace(config, source=_read(SourceConfig, source, folder, "source."))
+    for name, inner in tables.items():
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{name}: expected a table [{name}], got {inner!r}")
+        config = replace(config, **{name: _read(TABLES[name], inner, folder, f"{name}.")})
+    return config
 
 
 def _read(kind: type[T], table: Mapping[str, Any], folder: Path, prefix: str = "") -> T:
-    known = {f.name: f for f in fields(kind) if f.name != "source"}  # type: ignore[arg-type]  # dataclasses only
+    known = {f.name: f for f in fields(kind) if f.name not in TABLES}  # type: ignore[arg-type]  # dataclasses only
     for key in table:
         if key not in known:
             raise ConfigError(_unknown(prefix + key, [prefix + name for name in known]))

@@ -95,6 +95,13 @@ class ModelRefused:
 
 
 @dataclass(frozen=True, slots=True)
+class BundleRefused:
+    """This device will not run the bundle: nothing of it is fetched, and no round of it joined."""
+
+    bundle: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class SwitchFailed:
     """The disk did not give or take what a switch needs: fetch it again, later."""
 
@@ -144,6 +151,7 @@ Event: TypeAlias = (
     | FetchFailed
     | ModelReady
     | ModelRefused
+    | BundleRefused
     | SwitchFailed
     | Trained
     | TrainFailed

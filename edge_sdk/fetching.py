@@ -12,8 +12,8 @@ import logging
 from edge_sdk import topics
 from edge_sdk.bundle import Bundle
 from edge_sdk.chunks import Parts
-from edge_sdk.errors import FedgeError, MessageError
-from edge_sdk.events import Event, Fetch, Fetched, FetchFailed
+from edge_sdk.errors import FedgeError, MessageError, RefusedError
+from edge_sdk.events import BundleRefused, Event, Fetch, Fetched, FetchFailed
 from edge_sdk.local import Local
 from edge_sdk.messages import Part
 from edge_sdk.store import Store
@@ -36,8 +36,11 @@ class Fetching:
     def begin(self, wanted: Fetch, bundle: bytes, now: float) -> list[Event]:
         """Go and get it, in place of anything else; at once if it is here already."""
         self._end()
-        if self._is_here(wanted, bundle.hex()):
-            return [Fetched(wanted.what, wanted.digest)]
+        try:
+            if self._is_here(wanted, bundle.hex()):
+                return [Fetched(wanted.what, wanted.digest)]
+        except RefusedError:
+            return [BundleRefused(wanted.digest)]
         log.info("fetch what=%s bytes=%d", wanted.what, wanted.size)
         self._wanted, self._moved_at = wanted, now
         self._parts = Parts(wanted.what, wanted.digest, wanted.size)
@@ -55,6 +58,9 @@ class Fetching:
             if whole is None:
                 return []
             self._keep(wanted, whole)
+        except RefusedError:
+            self._end()
+            return [BundleRefused(wanted.digest)]
         except FedgeError as error:
             return self._failed(wanted, str(error))
         self._end()
@@ -76,7 +82,11 @@ class Fetching:
     def _is_here(self, wanted: Fetch, bundle: str) -> bool:
         if wanted.what == "weights":
             return self._local.has_weights(wanted.digest, bundle)
-        return self._store.bundle(wanted.digest.hex()) is not None
+        self._local.check_known(wanted.digest.hex())
+        found = self._store.bundle(wanted.digest.hex())
+        if found is not None:
+            self._local.check(found)
+        return found is not None
 
     def _keep(self, wanted: Fetch, whole: bytes) -> None:
         if wanted.what == "weights":
@@ -85,6 +95,7 @@ class Fetching:
         bundle = Bundle.from_bytes(whole)
         if bundle.digest != wanted.digest.hex():
             raise MessageError(f"expected bundle {wanted.digest.hex()[:12]}, got {bundle!r}")
+        self._local.check(bundle)
         self._store.put_bundle(bundle)
 
     def _failed(self, wanted: Fetch, reason: str) -> list[Event]:

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from edge_sdk.bundle import Bundle
-from edge_sdk.errors import BundleError, EngineError, FedgeError, StoreError
+from edge_sdk.errors import BundleError, EngineError, FedgeError, RefusedError, StoreError
+from edge_sdk.limits import Limits
 from edge_sdk.model import Model, batched, open_model
 from edge_sdk.samples import Samples
 from edge_sdk.store import ModelName, Store
@@ -26,6 +27,7 @@ from edge_sdk.trainer import Feed
 log = logging.getLogger(__name__)
 
 PARAMS = "params.bin"
+ANSWERS_KEPT = 16
 
 
 class NoModelError(EngineError):
@@ -34,6 +36,9 @@ class NoModelError(EngineError):
 
 class Local:
     """The model in use and its examples.
+
+    A bundle that fails the device's checks is never run: it is as if there were none, and
+    `refused` says why.
 
     Raises: StoreError, EngineError or ModuleNotFoundError when the given bundle cannot run here.
     """
@@ -46,9 +51,13 @@ class Local:
         engine: str = "ort",
         threads: int = 1,
         capacity: int = 2000,
+        limits: Limits | None = None,
     ) -> None:
         self.model: Model | None = None
         self.bundle: Bundle | None = None
+        self.refused: dict[str, str] | None = None
+        """The last bundle that was refused, by digest, and the reason; None once another runs."""
+        self._limits, self._answers = limits or Limits(), dict[str, str]()
         self._store, self._engine, self._threads = store, engine, threads
         self._capacity = capacity
         self._samples: Samples | None = None
@@ -121,6 +130,31 @@ class Local:
             self._store.put_weights(initial)
         return is_initial
 
+    def check(self, bundle: Bundle) -> None:
+        """Pass a bundle whose graphs may run here; the answer is remembered.
+
+        Raises: RefusedError, one line, when they may not.
+        """
+        if bundle.digest not in self._answers:
+            for old in list(self._answers)[: 1 - ANSWERS_KEPT]:
+                del self._answers[old]
+            self._answers[bundle.digest] = self._judged(bundle)
+        self.check_known(bundle.digest)
+
+    def check_known(self, digest: str) -> None:
+        """Raise the RefusedError of a bundle that was refused before, without having it."""
+        if reason := self._answers.get(digest):
+            self.refused = {"bundle": digest, "reason": reason}
+            raise RefusedError(reason)
+
+    def _judged(self, bundle: Bundle) -> str:
+        try:
+            bundle.check(self._limits)
+        except RefusedError as error:
+            log.warning("bundle refused digest=%s reason=%s", bundle.digest[:12], error)
+            return str(error)
+        return ""
+
     def close(self) -> None:
         """Let go of the examples; predictions still work."""
         with self._learning:
@@ -133,12 +167,20 @@ class Local:
         name = self._store.model()
         if name is not None and self._resume(name):
             return
-        bundle = given or self._store.any_bundle()
+        bundle = self._passed(given) or self._passed(self._store.any_bundle())
         if bundle is not None:
             self._store.put_bundle(bundle)
             initial = bundle.member(PARAMS)
             self._store.put_weights(initial)
             self._use(bundle, initial, 0)
+
+    def _passed(self, bundle: Bundle | None) -> Bundle | None:
+        try:
+            if bundle is not None:
+                self.check(bundle)
+        except RefusedError:
+            return None
+        return bundle
 
     def _resume(self, name: ModelName) -> bool:
         bundle = self._store.bundle(name.bundle)
@@ -161,11 +203,12 @@ class Local:
         return self._store.bundle(digest)
 
     def _use(self, bundle: Bundle, weights: bytes, version: int) -> Model:
+        self.check(bundle)
         layout = _layout(bundle.manifest)
         model = open_model(bundle, weights, version, engine=self._engine, threads=self._threads)
         self._open_samples(layout)
         self._store.set_model(ModelName(bundle.digest, model.weights, version))
-        self.bundle, self.model = bundle, model
+        self.bundle, self.model, self.refused = bundle, model, None
         self.arrived.set()
         return model
 

@@ -14,6 +14,7 @@ from enum import Enum
 
 from edge_sdk.events import (
     Action,
+    BundleRefused,
     CheckIn,
     ConditionsChanged,
     Connected,
@@ -105,6 +106,7 @@ class Session:
     fetching: Fetch | None = None
     switching: SwitchModel | None = None
     refused: bytes = b""  # weights that made no working model: not tried again
+    refused_bundle: bytes = b""  # will not run here: its offers are declined
     fetch_retry: Retry = Retry()
     train_retry: Retry = Retry()
     round: Round | None = None
@@ -160,6 +162,8 @@ def _learn(state: Session, event: Event) -> tuple[Session, tuple[Action, ...]]: 
             return _fetch_ended(state, event), ()
         case ModelReady() | ModelRefused() | SwitchFailed():
             return _switch_ended(state, event), ()
+        case BundleRefused(bundle):
+            return _bundle_refused(state, bundle), ()
         case Trained():
             return _trained(state, event)
         case Receipted():
@@ -237,6 +241,15 @@ def _switch_ended(state: Session, event: ModelReady | ModelRefused | SwitchFaile
     return replace(state, refused=event.model)
 
 
+def _bundle_refused(state: Session, bundle: bytes) -> Session:
+    fetching, switching = state.fetching, state.switching
+    if fetching is not None and fetching.digest == bundle:
+        fetching = None
+    if switching is not None and switching.bundle == bundle:
+        switching = None
+    return replace(state, fetching=fetching, switching=switching, refused_bundle=bundle)
+
+
 def _trained(state: Session, event: Trained) -> tuple[Session, tuple[Action, ...]]:
     current = state.round
     if current is None or current.invite.round != event.round or not _is_training(current):
@@ -288,7 +301,7 @@ def _plan_model(state: Session) -> tuple[Session, list[Action]]:
 
 
 def _wants(state: Session, offer: Offered) -> bool:
-    if offer.model == state.refused:
+    if offer.model == state.refused or offer.bundle == state.refused_bundle:
         return False
     model = state.model
     return model is None or (model.bundle, model.model, model.version) != (
