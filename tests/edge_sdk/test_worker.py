@@ -51,9 +51,10 @@ def eventually(claim: Callable[[], bool], within_s: float = 20.0) -> None:
 
 
 def is_training(pid: int) -> bool:
-    """True once the child has loaded its engine."""
+    """True once the child has loaded its engine: itself, not as a copy of us before its exec."""
     try:
-        return "onnxruntime_pybind11_state" in Path(f"/proc/{pid}/maps").read_text()
+        is_worker = b"edge_sdk.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return is_worker and "onnxruntime_pybind11" in Path(f"/proc/{pid}/maps").read_text()
     except OSError:
         return False
 
