@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from edge_sdk.errors import BundleError
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
-MAX_FIELDS = 400_000
+MAX_FIELDS = 200_000
+MAX_REPEATED = 20_000
 MAX_NAME_BYTES = 4096
 _WIDTHS = {FIXED64: 8, FIXED32: 4}
 _CHUNK_BYTES = 1 << 20
@@ -69,6 +70,8 @@ class Reader:
             values = found.setdefault(field.name, [])
             if values and not field.many:
                 raise BundleError(f"{what}: expected {field.name} once, got it again")
+            if len(values) >= MAX_REPEATED:
+                raise BundleError(f"{what}: expected at most {MAX_REPEATED} of {field.name}")
             values.append(value)
         return found
 
