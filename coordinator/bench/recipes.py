@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from coordinator.recipes import recipe
 from edge_sdk.bundle import Bundle
 from edge_sdk.errors import ConfigError
 
@@ -40,22 +39,3 @@ def examples(bundle: Bundle, rows: int) -> tuple[NDArray[Any], NDArray[Any]]:
     if target["dtype"] == "int64":
         return x, rng.integers(0, bundle.manifest["output"]["shape"][-1], rows)
     return x, rng.random((rows, *target["shape"][1:]), np.float32)
-
-
-def recipe(name: str) -> ModuleType:
-    """Load `models/<name>/build.py`: beside the packages in a checkout, inside them in a wheel."""
-    package = Path(__file__).resolve().parents[1]
-    for folder in (package.parent / "models", package / "demo" / "recipes"):
-        file = folder / name / "build.py"
-        if file.exists():
-            return _module(f"fedge_recipe_{name}", file)
-    raise ConfigError(f"models/{name}/build.py is not here: run from a checkout, or give a file")
-
-
-def _module(name: str, file: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"{file} is not a Python module")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

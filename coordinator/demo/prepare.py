@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -14,8 +11,8 @@ import numpy as np
 from coordinator.compiler import build, momentum
 from coordinator.demo.data import Split, dirichlet, divide, load
 from coordinator.demo.settings import Settings
+from coordinator.recipes import recipe
 from edge_sdk.bundle import Bundle
-from edge_sdk.errors import ConfigError
 
 ALPHA = 0.5
 """Of the Dirichlet split of the digits: a device has many of some digits and none of others."""
@@ -36,13 +33,13 @@ def prepare(settings: Settings) -> Start:
 
 
 def _digits(settings: Settings) -> Start:
-    recipe = _recipe("digits")
-    rows = recipe.split(settings.seed)
+    digits = recipe("digits")
+    rows = digits.split(settings.seed)
     rng = np.random.default_rng(settings.seed)
     owner = dirichlet(rows.devices.y, settings.devices, ALPHA, rng)
     arrays = {"x_train": rows.devices.x, "y_train": rows.devices.y, "client_train": owner}
     arrays |= {"x_test": rows.test.x, "y_test": rows.test.y}
-    model = recipe.build(settings.seed).SerializeToString()
+    model = digits.build(settings.seed).SerializeToString()
     return Start(_bundle(settings, model), divide(arrays, settings.devices))
 
 
@@ -50,23 +47,3 @@ def _bundle(settings: Settings, model: Path | bytes) -> Bundle:
     optimizer = momentum(0.9, lr=settings.lr)
     name = "digits" if isinstance(model, bytes) else model.stem
     return build(model, loss="cross_entropy", train=settings.train, optimizer=optimizer, name=name)
-
-
-def _recipe(name: str) -> ModuleType:
-    """Load `models/<name>/build.py`: beside the packages in a checkout, inside ours in a wheel."""
-    here = Path(__file__).resolve()
-    for folder in (here.parents[2] / "models", here.parent / "recipes"):
-        file = folder / name / "build.py"
-        if file.exists():
-            return _module(f"fedge_recipe_{name}", file)
-    raise ConfigError(f"expected the recipe models/{name}/build.py, it is not installed; reinstall")
-
-
-def _module(name: str, file: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"{file} is not a Python module")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module

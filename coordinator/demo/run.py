@@ -148,7 +148,8 @@ class Fleet:
         rounds = [self._row(entry) for entry in self.rounds()]
         final = self._params(settings.rounds)
         model = export(bundle, final)
-        steps = [settings.rounds * self._steps(len(y)) for _, y in split.devices]
+        rounds_each = round(settings.rounds * settings.cohort / settings.devices)
+        steps = [rounds_each * self._steps(len(y)) for _, y in split.devices]
         alone = score.alone(
             bundle,
             split.devices,

@@ -47,7 +47,7 @@ def test_the_wheel_holds_both_packages_the_licence_and_the_demos_recipe(wheel: P
     tops = {name.partition("/")[0] for name in names}
     assert tops == {"edge_sdk", "coordinator", next(t for t in tops if t.endswith(".dist-info"))}
     assert any(name.endswith("licenses/LICENSE") for name in names)
-    assert "coordinator/demo/recipes/digits/build.py" in names
+    assert "coordinator/models/digits/build.py" in names
     assert {"edge_sdk/py.typed", "coordinator/py.typed"} <= set(names)
 
 

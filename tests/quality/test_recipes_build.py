@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from coordinator.bench import recipes
+from coordinator import recipes
 
 SIZES = {"dscnn": 22_604, "resnet8": 77_706, "mobilenet": 210_850, "autoencoder": 265_864}
 SIZES |= {"har": 20_078}
