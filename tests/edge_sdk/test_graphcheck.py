@@ -235,6 +235,22 @@ def stored_input(model: onnx.ModelProto) -> None:
     model.graph.initializer.append(numpy_helper.from_array(np.ones((), np.float32), "lr"))
 
 
+def silent(model: onnx.ModelProto) -> None:
+    model.graph.node.append(helper.make_node("Identity", ["lr"], [""], name="mute"))
+
+
+def overloaded(model: onnx.ModelProto) -> None:
+    model.graph.node[0].overload = "other"
+
+
+def no_loss(model: onnx.ModelProto) -> None:
+    maker(model, "loss").output[0] = "hidden"
+
+
+def untyped(model: onnx.ModelProto) -> None:
+    port(model, "loss").ClearField("type")
+
+
 def vast(model: onnx.ModelProto) -> None:
     model.graph.initializer.append(numpy_helper.from_array(np.array([1 << 40]), "vast"))
     model.graph.node.append(helper.make_node("ConstantOfShape", ["vast"], ["bomb"]))
@@ -250,6 +266,10 @@ def vast(model: onnx.ModelProto) -> None:
         (unmade, "reads 'nowhere', which nothing made before"),
         (made_twice, "which is there already"),
         (turned, "which nothing made before"),
+        (silent, "Identity node 'mute': expected it to make something"),
+        (overloaded, "expected no overload"),
+        (no_loss, "output 'loss': nothing makes it"),
+        (untyped, "output 'loss': expected a tensor, got no type"),
         (stored_input, "input 'lr': it is stored as well"),
         (vast, "ConstantOfShape node 'bomb': makes 1099511627776 numbers"),
     ],
@@ -366,6 +386,13 @@ def test_names_from_a_graph_cannot_forge_lines_of_a_log() -> None:
 )
 def test_a_bundle_beyond_the_limits_is_refused(limit: str, value: int, reason: str) -> None:
     assert reason in refusal(MOMENTUM, Limits(**{limit: value}))
+
+
+def test_a_bundle_for_another_engine_cannot_be_judged() -> None:
+    def moved(manifest: dict[str, Any]) -> None:
+        manifest["graphs"]["litert"] = manifest["graphs"].pop("ort")
+
+    assert refusal(planted(MOMENTUM, manifest=moved)) == "expected graphs for ort, got ['litert']"
 
 
 def test_declared_memory_counts_and_what_is_not_declared_is_counted_anyway() -> None:
