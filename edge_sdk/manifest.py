@@ -72,6 +72,7 @@ def check(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
         _fail("format", repr(FORMAT), manifest.get("format"), "upgrade fedge or rebuild")
     _fields(_MANIFEST)("", manifest)
     _check_members(manifest["members"], sizes)
+    _ROWS("cost.batch", manifest["cost"].get("batch", 1))
     _check_params(manifest, sizes)
     _check_graphs(manifest["graphs"], sizes)
     _check_patches(manifest, sizes)
@@ -155,6 +156,7 @@ _COUNT = _is("a whole number from 0", lambda v: _is_int(v, 0, 1 << 60))
 _OFFSET = _is("a byte offset", lambda v: _is_int(v, 0, 1 << 31))
 _INDEX = _is("an index", lambda v: _is_int(v, 0, MAX_TENSORS))
 _SIZE = _is("a dimension", lambda v: _is_int(v, 0, MAX_NUMBERS))
+_ROWS = _is("a number of rows from 1", lambda v: _is_int(v, 1, 1 << 31))
 _NUMBER = _is("a finite number", _is_number)
 _SCALE = _is("a scale above 0", _is_scale)
 _LEVEL = _is("a zero point", lambda v: _is_int(v, -(1 << 31), (1 << 31) - 1))
@@ -191,6 +193,7 @@ _MEMBER = _fields(
 )
 _PATCH: dict[str, Check] = {
     "float32": _fields({"param": _INDEX, "kind": _ANY, "offset": _OFFSET}),
+    "range": _fields({"param": _INDEX, "kind": _ANY, "offset": _OFFSET}),
     "quantized": _fields(
         {
             "param": _INDEX,
@@ -212,10 +215,11 @@ _PATCH: dict[str, Check] = {
             "scale_offset": _OFFSET,
             "scales": _COUNT,
             "input_scale": _SCALE,
+            "input": _INDEX,
             "weight": _INDEX,
             "weight_scale": _list(_SCALE, MAX_NUMBERS),
         },
-        optional=("weight", "weight_scale", "shape"),
+        optional=("input", "weight", "weight_scale", "shape"),
     ),
 }
 
@@ -285,6 +289,7 @@ def _check_patches(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> Non
     end = sizes[ort["predict"]] if ort else 0
     shapes = [p["shape"] for p in manifest["params"]]
     weights = {p["param"]: p["scales"] for p in manifest["patches"] if p["kind"] == "quantized"}
+    ranges = {p["param"] for p in manifest["patches"] if p["kind"] == "range"}
     spans: list[tuple[int, int, int]] = []
     for i, patch in enumerate(manifest["patches"]):
         field = f"patches[{i}]"
@@ -292,6 +297,8 @@ def _check_patches(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> Non
             _fail(f"{field}.param", f"an index below {len(shapes)}", patch["param"])
         if "weight" in patch and weights.get(patch["weight"]) not in {1, patch["scales"]}:
             _fail(f"{field}.weight", "a quantized parameter with as many scales", patch["weight"])
+        if "input" in patch and patch["input"] not in ranges:
+            _fail(f"{field}.input", "a parameter that is a range", patch["input"])
         spans += [(a, b, i) for a, b in _spans(field, patch, shapes)]
     spans.sort()
     for (_, before, _), (start, _, i) in itertools.pairwise(spans):
@@ -307,7 +314,9 @@ def _spans(field: str, patch: Mapping[str, Any], shapes: list[list[int]]) -> lis
         _fail(f"{field}.shape", "a shape, as no parameter gives one", None)
     shape = patch["shape"] if param is None else shapes[param]
     at, numbers = patch["offset"], math.prod(shape)
-    if kind == "float32":
+    if kind == "range" and numbers != 1:
+        _fail(f"{field}.param", "a parameter of one number", shape)
+    if kind in {"float32", "range"}:
         return [(at, at + 4 * numbers)]
     scales = patch["scales"]
     if kind == "quantized":

@@ -3,8 +3,10 @@
 
 The scale of a quantized tensor follows its master: max(max(W)/(qmax-zp), max(-W)/(zp-qmin), TINY),
 with int8's qmin at -127; then q = clip(rint(W/scale) + zp). A scale kept from before training costs
-most of what was learned. int32 biases follow the scale of their weight. A tensor whose master is
-bit-equal to its initial value keeps its original bytes, so an untrained model comes out as it came.
+most of what was learned. int32 biases follow the scales of their weight and of their layer's input.
+The range of an activation is a parameter in octaves above the step that the model came with. A
+tensor whose master is bit-equal to its initial value keeps its original bytes, so an untrained
+model comes out as it came.
 """
 
 from __future__ import annotations
@@ -21,6 +23,9 @@ from edge_sdk.params import flatten
 from edge_sdk.types import Array, Params
 
 TINY = np.finfo(np.float32).tiny
+OCTAVES = 16.0
+"""How far a learned range may move: from 2**-16 to 2**16 of where it was."""
+
 _INT32 = np.iinfo(np.int32)
 Patch = Mapping[str, Any]
 
@@ -40,16 +45,19 @@ def requantize(bundle: Bundle, params: Params, engine: str = "ort") -> bytes:
     changed = [values[i].tobytes() != initial[n].tobytes() for i, n in enumerate(shapes)]
     model = bytearray(bundle.graph(engine, "predict"))
     patches: list[Patch] = bundle.manifest["patches"]
-    weights = {p["param"]: p for p in patches if p["kind"] == "quantized"}
+    by_param = {p["param"]: p for p in patches if p["kind"] in {"quantized", "range"}}
     for patch in patches:
         if patch["kind"] == "float32" and changed[patch["param"]]:
             _put(model, patch["offset"], values[patch["param"]].astype("<f4"))
         elif patch["kind"] == "quantized" and changed[patch["param"]]:
             _quantized(model, patch, values[patch["param"]])
-    for patch in patches:  # after the weights, whose new scales they take
-        follows = "weight" in patch and changed[patch["weight"]]
+        elif patch["kind"] == "range" and changed[patch["param"]]:
+            start = np.frombuffer(model, "<f4", 1, patch["offset"])[0]
+            _put(model, patch["offset"], step_of(values[patch["param"]], start).astype("<f4"))
+    for patch in patches:  # after the weights and ranges, whose new scales they take
+        follows = any(changed[patch[key]] for key in ("weight", "input") if key in patch)
         if patch["kind"] == "bias" and (follows or _is_changed(patch, changed)):
-            _bias(model, patch, _bias_values(model, patch, values), weights)
+            _bias(model, patch, _bias_values(model, patch, values), by_param)
     return bytes(model)
 
 
@@ -66,6 +74,17 @@ def scale_of(weight: Array, dtype: str, axis: int | None, zero_point: NDArray[An
     least = np.asarray(np.max(-weight, over, initial=0), np.float32)
     above, below = _ratio(most, np.float32(high) - zero), _ratio(least, zero - np.float32(low))
     return np.asarray(np.maximum(np.maximum(above, below), TINY), np.float32)
+
+
+def step_of(octaves: Array, start: np.float32) -> Array:
+    """Return an activation's step: ``start * 2**floor(t) * (1 + t - floor(t))``, float32.
+
+    A straight line between whole octaves, so that every machine gets the same bits.
+    """
+    t = np.clip(np.asarray(octaves, np.float32), np.float32(-OCTAVES), np.float32(OCTAVES))
+    whole = np.floor(t)
+    octave = start * np.ldexp(np.float32(1), whole.astype(np.int32))
+    return np.asarray(np.maximum(octave * ((t - whole) + np.float32(1)), TINY), np.float32)
 
 
 def limits(dtype: str) -> tuple[int, int]:
@@ -121,22 +140,25 @@ def _bias_values(model: bytearray, patch: Patch, values: list[Array]) -> NDArray
 
 
 def _bias(
-    model: bytearray, patch: Patch, bias: NDArray[np.float64], weights: Mapping[int, Patch]
+    model: bytearray, patch: Patch, bias: NDArray[np.float64], by_param: Mapping[int, Patch]
 ) -> None:
-    scale = np.broadcast_to(_bias_scale(model, patch, weights), patch["scales"])
+    scale = np.broadcast_to(_bias_scale(model, patch, by_param), patch["scales"])
     levels = np.clip(np.rint(bias / scale), _INT32.min, _INT32.max)
     _put(model, patch["offset"], levels.astype("<i4"))
     _put(model, patch["scale_offset"], scale.astype("<f4"))
 
 
-def _bias_scale(model: bytearray, patch: Patch, weights: Mapping[int, Patch]) -> Array:
+def _bias_scale(model: bytearray, patch: Patch, by_param: Mapping[int, Patch]) -> Array:
+    input_scale = np.float32(patch["input_scale"])
+    if "input" in patch:
+        input_scale = np.frombuffer(model, "<f4", 1, by_param[patch["input"]]["offset"])[0]
     if "weight_scale" in patch:
         weight_scale = np.asarray(patch["weight_scale"], np.float32)
     else:
-        weight = weights[patch["weight"]]
+        weight = by_param[patch["weight"]]
         at, n = weight["scale_offset"], weight["scales"]
         weight_scale = np.frombuffer(model, "<f4", n, at).astype(np.float32)
-    return np.asarray(np.maximum(np.float32(patch["input_scale"]) * weight_scale, TINY))
+    return np.asarray(np.maximum(input_scale * weight_scale, TINY))
 
 
 def _put(model: bytearray, offset: int, values: NDArray[Any]) -> None:

@@ -20,6 +20,8 @@ from edge_sdk.onnxschema import DTYPES, STRING
 
 _SHAPE_INPUT = {"ConstantOfShape": 0, "Expand": 1}
 _INT64 = 7
+_WRITES = {"float32": "float32", "range": "float32", "bias": "int32"}
+"""What a kind of patch writes at its offset; a quantized one says it itself."""
 _CODES = {name: code for code, (name, _, _) in DTYPES.items()}
 
 
@@ -51,9 +53,9 @@ def check_patches(manifest: Mapping[str, Any], predict: OnnxFile) -> None:
     shapes = [p["shape"] for p in manifest["params"]]
     for i, patch in enumerate(manifest["patches"]):
         shape = patch["shape"] if patch["param"] is None else shapes[patch["param"]]
-        dtype = {"float32": "float32", "bias": "int32"}.get(patch["kind"]) or patch["dtype"]
+        dtype = _WRITES.get(patch["kind"]) or patch["dtype"]
         _check_place(f"patches[{i}]", places.get(patch["offset"]), dtype, math.prod(shape))
-        if patch["kind"] != "float32":
+        if "scale_offset" in patch:
             stored = places.get(patch["scale_offset"])
             _check_place(f"patches[{i}] scale", stored, "float32", patch["scales"])
 

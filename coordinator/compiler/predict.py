@@ -15,6 +15,7 @@ import onnx
 from numpy.typing import NDArray
 
 from coordinator.compiler.graph import Graph, Node
+from coordinator.compiler.ranges import ROLE
 from coordinator.compiler.weights import Quantized, Weight, find_weights
 from coordinator.compiler.wire import raw_data_places
 from edge_sdk.errors import CompileError
@@ -23,9 +24,10 @@ _BIASED = frozenset({"Conv", "ConvTranspose", "Gemm"})
 
 
 class _Bias(NamedTuple):
-    """An int32 bias, its step and the weight whose scale it follows."""
+    """An int32 bias, its layer's input step by name and value, and the weight it follows."""
 
     weight: Weight
+    input_name: str
     input_scale: float
     layer: Weight
 
@@ -43,7 +45,9 @@ def predict_model(
     own = onnx.ModelProto()
     own.CopyFrom(proto)
     index = {w.source: i for i, w in enumerate(weights)}
-    biases = [b for b in _biases(graph) if {b.weight.source, b.layer.source} & index.keys()]
+    biases = [
+        b for b in _biases(graph) if {b.weight.source, b.layer.source, b.input_name} & index.keys()
+    ]
     quantized = [w for w in weights if w.quantized]
     changed = {w.source: w for w in (*quantized, *(b.weight for b in biases))}
     for weight in changed.values():
@@ -67,7 +71,8 @@ def _is_bias(weight: Weight) -> bool:
 def _patch(i: int, weight: Weight, at: dict[str, int], scales: dict[str, str]) -> dict[str, Any]:
     scheme = weight.quantized
     if scheme is None:
-        return {"param": i, "kind": "float32", "offset": at[weight.source]}
+        kind = ROLE if weight.role == ROLE else "float32"
+        return {"param": i, "kind": kind, "offset": at[weight.source]}
     points = [int(z) for z in scheme.zero_point]
     return {
         "param": i,
@@ -99,6 +104,8 @@ def _bias_patch(
         "scales": len(scheme.scale),
         "input_scale": bias.input_scale,
     }
+    if bias.input_name in index:
+        patch["input"] = index[bias.input_name]
     if source not in index:
         patch["shape"] = list(bias.weight.value.shape)
     if bias.layer.source in index:
@@ -136,23 +143,24 @@ def _biases(graph: Graph) -> list[_Bias]:
         if node.kind not in _BIASED:
             continue
         bias, layer = by_tensor.get(node.input(2)), by_tensor.get(node.inputs[1])
-        scale = _scale_of(graph, node.inputs[0])
+        name, scale = _scale_of(graph, node.inputs[0])
         if bias and _is_bias(bias) and layer and layer.quantized:
             if scale is None:
                 raise CompileError(
                     f"expected a quantized input for {node.label}: it has a bias in int32"
                 )
-            found.append(_Bias(bias, scale, layer))
+            found.append(_Bias(bias, name, scale, layer))
     return found
 
 
-def _scale_of(graph: Graph, name: str) -> float | None:
-    """Return the one scale of a dequantized tensor."""
+def _scale_of(graph: Graph, name: str) -> tuple[str, float | None]:
+    """Return the one scale of a dequantized tensor, by name and value."""
     node: Node | None = graph.producers.get(name)
     if node is None or node.kind != "DequantizeLinear":
-        return None
+        return "", None
     scale: NDArray[Any] | None = graph.initializers.get(node.inputs[1])
-    return float(scale.reshape(())) if scale is not None and scale.size == 1 else None
+    is_one = scale is not None and scale.size == 1
+    return node.inputs[1], float(scale.reshape(())) if scale is not None and is_one else None
 
 
 def _own_scale(graph: onnx.GraphProto, source: str) -> None:

@@ -22,6 +22,7 @@ from coordinator.compiler.graph import Graph, Value
 from coordinator.compiler.losses import Loss
 from coordinator.compiler.optim import Optimizer, Slot, descend, proximal
 from coordinator.compiler.passes import drop_unused, rename, simplify
+from coordinator.compiler.ranges import ROLE, step
 from coordinator.compiler.rewrite import rewritten
 from coordinator.compiler.vjp import backward
 from coordinator.compiler.weights import Weight
@@ -62,7 +63,10 @@ def open_weights(graph: Graph, weights: Sequence[Weight], logits: str) -> Open:
     for i, weight in enumerate(weights):
         e.input(f"p.{i}", np.float32, weight.value.shape)
         leaf = quantized_master(e, f"p.{i}", weight.quantized) if weight.quantized else f"p.{i}"
-        alias |= {clear.get(name, name): leaf for name in weight.tensors}
+        stands = leaf
+        if weight.role == ROLE:
+            stands = step(e, leaf, _number(graph, clear.get(weight.source, weight.source)))
+        alias |= {clear.get(name, name): stands for name in weight.tensors}
         leaves.append(leaf)
     logits = _float_logits(e, graph, alias.get(logits, logits))
     inputs = ["x", *(f"p.{i}" for i in range(len(weights)))]
@@ -172,6 +176,10 @@ def _float_logits(e: Emit, graph: Graph, logits: str) -> str:
     if (e.dtype(logits) or np.float32) != np.float32:
         raise CompileError(f"expected a float32 output, {logits!r} is {e.dtype(logits)}")
     return logits
+
+
+def _number(graph: Graph, name: str) -> float:
+    return float(graph.initializers[name].reshape(()))
 
 
 def _aliased(graph: Graph, alias: dict[str, str]) -> Graph:

@@ -80,10 +80,10 @@ NO_GRADIENT: dict[str, frozenset[int]] = {
     "Pow": frozenset({1}),
     "Dropout": frozenset({1, 2}),
     "BatchNormalization": frozenset({3, 4}),
-    "QuantizeLinear": frozenset({1, 2}),
-    "DequantizeLinear": frozenset({1, 2}),
+    "QuantizeLinear": frozenset({2}),
+    "DequantizeLinear": frozenset({2}),
 }
-"""Inputs that carry no gradient by decision: indices, axes, statistics, exponents, scales."""
+"""Inputs that carry no gradient by decision: indices, axes, statistics, exponents, zero points."""
 
 FLAT: frozenset[str] = frozenset(
     {

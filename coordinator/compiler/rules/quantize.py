@@ -2,7 +2,9 @@
 """QuantizeLinear and DequantizeLinear, straight through (Bengio et al. 2013; Jacob et al. 2018).
 
 An integer tensor's gradient is that of the real value it stands for, so DequantizeLinear passes it
-on and QuantizeLinear blocks it where the quantizer saturates. Scales and zero points carry none.
+on and QuantizeLinear blocks it where the quantizer saturates. Zero points carry none. Together the
+two give a step its gradient of Esser et al. 2020 (LSQ, eq. 3): the rounding's error inside, and
+the integer itself where the quantizer saturates.
 """
 
 from __future__ import annotations
@@ -17,13 +19,28 @@ from edge_sdk.errors import CompileError
 
 
 @vjp("DequantizeLinear")
-def _dequantize(_e: Emit, _n: Node, g: str) -> Grads:
-    return (g,)
+def _dequantize(e: Emit, n: Node, g: str) -> Grads:
+    return g, _by_step(e, n, g, n.outputs[0]) if e.needs(n.inputs[1]) else None
 
 
 @vjp("QuantizeLinear")
 def _quantize(e: Emit, n: Node, g: str) -> Grads:
     """Mask x / scale to [qmin - zp - 1/2, qmax - zp + 1/2]: outside, the integer is clipped."""
+    inside = _through(e, n, g)
+    by_step = e.Neg(_by_step(e, n, inside, n.inputs[0])) if e.needs(n.inputs[1]) else None
+    return inside, by_step
+
+
+def _by_step(e: Emit, n: Node, g: str, values: str) -> str:
+    """Emit the sum of g * values / scale: one scale for all, as one product of two vectors."""
+    scale = n.inputs[1]
+    if (e.static(scale) or ()) not in {(), (1,)}:
+        raise CompileError(f"expected one step to learn in {n.label}, got one per channel")
+    total = e.MatMul(e.Reshape(g, e.ints(1, -1)), e.Reshape(values, e.ints(-1, 1)))
+    return e.Div(e.Reshape(total, e.ints(*(e.static(scale) or ()))), scale)
+
+
+def _through(e: Emit, n: Node, g: str) -> str:
     x, scale, zero = n.inputs[0], n.inputs[1], n.input(2)
     if n.attr("block_size", 0):
         raise CompileError(f"expected per-tensor or per-axis scales in {n.label}, got blocks")
@@ -32,12 +49,15 @@ def _quantize(e: Emit, n: Node, g: str) -> Grads:
     step, shift = e.value(scale), e.value(zero) if zero else np.zeros((), dtype)
     if step is not None and shift is not None and step.size == shift.size == 1:
         edge, centre = float(step.flat[0]), float(shift.flat[0])
-        return (_inside(e, g, x, ((low - centre) * edge, (high - centre) * edge)),)
+        return _inside(e, g, x, ((low - centre) * edge, (high - centre) * edge))
+    if shift is not None and shift.size == 1 and e.rank(scale) == 0:
+        centre = float(shift.flat[0])
+        return _inside(e, g, e.Div(x, scale), (low - centre, high - centre))
     along = n.attr("axis", 1) % max(e.rank(x), 1)
     steps = e.Div(x, _aligned(e, scale, x, along))
     if zero:
         steps = e.Add(steps, _aligned(e, e.Cast(zero, to=np.float32), x, along))
-    return (_inside(e, g, steps, (low, high)),)
+    return _inside(e, g, steps, (low, high))
 
 
 def _inside(e: Emit, g: str, x: str, edges: tuple[float, float]) -> str:

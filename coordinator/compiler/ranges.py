@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranges of int8 activations that learn: the step of a quantizer as one more parameter.
+
+A range that was fitted before training cuts off what training makes larger. Here each step is
+trained with the weights by its own gradient (Esser et al. 2020, "Learned Step Size Quantization",
+eq. 3), as so many octaves above the step that the model came with (Jain et al. 2020, "Trained
+Quantization Thresholds", section 3.2: a power keeps it above 0 and its gradient free of scale).
+Being a parameter it travels in deltas and is averaged like any weight, so that two devices with the
+same version quantize alike. Zero points stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import onnx
+
+from coordinator.compiler.emit import Emit
+from coordinator.compiler.graph import Graph, Node
+from coordinator.compiler.weights import Weight
+from edge_sdk.requantize import OCTAVES
+
+ROLE = "range"
+
+_MOVES = frozenset(
+    {"Flatten", "Gather", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
+)
+"""Operators that move numbers and change none: the runtime wants one step before and after."""
+
+_STEPS = (1e-30, 1e30)
+
+
+def learn_ranges(
+    proto: onnx.ModelProto, forward: Graph, reached: Graph, weights: Sequence[Weight]
+) -> tuple[onnx.ModelProto, Graph, list[Weight]]:
+    """Give each quantizer that the trained weights reach a step of its own, and return the steps.
+
+    Quantizers that move the same numbers on, or that shared a step by name, go on sharing one. One
+    that makes an output of the model keeps its step: whoever reads the output counts on it.
+
+    Args:
+        proto: the model.
+        forward: the same as a Graph.
+        reached: what of it makes the logits.
+        weights: the trained ones.
+
+    Returns: model and graph with the copied steps, and one Weight of shape [] for each: 0 octaves.
+    """
+    groups = _groups(forward, reached, {name for w in weights for name in w.tensors})
+    taken = {w.name for w in weights}
+    found = []
+    for quantizers in groups:
+        name = _fresh(f"{quantizers[0].inputs[0]}.range", taken)
+        old = quantizers[0].inputs[1]
+        outputs = {q.outputs[0] for q in quantizers}
+        outputs |= {n.outputs[0] for q in quantizers for n in forward.uses[q.outputs[0]]}
+        proto = _in_proto(proto, outputs, old, name)
+        forward = _in_graph(forward, outputs, old, name)
+        at_start = np.zeros((), np.float32)
+        found.append(Weight(name, name, (name,), at_start, ROLE, -1, quantizers[0]))
+    return proto, forward, found
+
+
+def step(e: Emit, octaves: str, start: float) -> str:
+    """Emit ``start * 2**floor(t) * (1 + t - floor(t))``, t being the octaves, at most `OCTAVES`.
+
+    Between whole octaves it is a straight line: float32 gives the same bits everywhere, which a
+    power of a fraction does not.
+    """
+    t = e.Clip(octaves, e.const(-OCTAVES), e.const(OCTAVES))
+    whole = e.Floor(t)
+    octave = e.Mul(e.const(start), e.Pow(e.const(2.0), whole))
+    return e.Mul(octave, e.Add(e.Sub(t, whole), e.const(1.0)))
+
+
+def _groups(forward: Graph, reached: Graph, trained: Iterable[str]) -> list[list[Node]]:
+    """Return the quantizers that can learn, those of one step together, in topological order."""
+    learning, groups = set(trained), dict[str, list[Node]]()
+    home: dict[str, str] = {}  # step's name, or a quantizer's integers: the key of its group
+    fixed = set()
+    for node in reached.nodes:
+        if not learning.intersection(node.inputs):
+            continue
+        learning.update(node.outputs)
+        if node.kind != "QuantizeLinear":
+            continue
+        scale, out = node.inputs[1], node.outputs[0]
+        key = home.get(scale) or home.get(_moved_from(reached, node)) or scale
+        home[scale] = home[out] = key
+        groups.setdefault(key, []).append(node)
+        if not _can_learn(forward, node):
+            fixed.add(key)
+    return [nodes for key, nodes in groups.items() if key not in fixed]
+
+
+def _moved_from(graph: Graph, node: Node) -> str:
+    """Return the integers that a quantizer quantizes again by the same step, or nothing."""
+    back: Node | None = graph.producers.get(node.inputs[0])
+    while back is not None and back.kind in _MOVES:
+        back = graph.producers.get(back.inputs[0])
+    if back is None or back.kind != "DequantizeLinear" or not _same(graph, back, node):
+        return ""
+    return back.inputs[0]
+
+
+def _same(graph: Graph, a: Node, b: Node) -> bool:
+    pairs = [
+        (graph.initializers.get(a.input(i)), graph.initializers.get(b.input(i))) for i in (1, 2)
+    ]
+    return all(x is not None and y is not None and np.array_equal(x, y) for x, y in pairs)
+
+
+def _can_learn(graph: Graph, node: Node) -> bool:
+    """Tell whether a quantizer is one step for a whole int8 tensor that only the model reads."""
+    scale, zero = (graph.initializers.get(node.input(i)) for i in (1, 2))
+    if scale is None or scale.dtype != np.float32 or scale.size != 1 or zero is None:
+        return False
+    out, readers = node.outputs[0], graph.uses.get(node.outputs[0], ())
+    is_inner = bool(readers) and out not in {value.name for value in graph.outputs}
+    paired = all(n.kind == "DequantizeLinear" and _same(graph, n, node) for n in readers)
+    is_int8 = zero.dtype in (np.int8, np.uint8)
+    return is_inner and paired and is_int8 and _STEPS[0] < float(scale.reshape(())) < _STEPS[1]
+
+
+def _fresh(name: str, taken: set[str]) -> str:
+    while name in taken:
+        name += "_"
+    taken.add(name)
+    return name
+
+
+def _in_proto(proto: onnx.ModelProto, outputs: set[str], old: str, new: str) -> onnx.ModelProto:
+    own = onnx.ModelProto()
+    own.CopyFrom(proto)
+    copy = own.graph.initializer.add()
+    copy.CopyFrom(next(t for t in own.graph.initializer if t.name == old))
+    copy.name = new
+    for node in own.graph.node:
+        if outputs.intersection(node.output):
+            node.input[1] = new
+    if not any(old in node.input for node in own.graph.node):
+        own.graph.initializer.remove(next(t for t in own.graph.initializer if t.name == old))
+    return own
+
+
+def _in_graph(graph: Graph, outputs: set[str], old: str, new: str) -> Graph:
+    nodes = tuple(
+        replace(n, inputs=(n.inputs[0], new, *n.inputs[2:])) if outputs & {*n.outputs} else n
+        for n in graph.nodes
+    )
+    values = {**graph.values}
+    if old in values:
+        values[new] = replace(values[old], name=new)
+    stored = {**graph.initializers, new: graph.initializers[old]}
+    return replace(graph, nodes=nodes, initializers=stored, values=values)
