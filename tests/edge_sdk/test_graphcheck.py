@@ -391,6 +391,7 @@ def test_a_bundle_beyond_the_limits_is_refused(limit: str, value: int, reason: s
 def test_a_bundle_for_another_engine_cannot_be_judged() -> None:
     def moved(manifest: dict[str, Any]) -> None:
         manifest["graphs"]["litert"] = manifest["graphs"].pop("ort")
+        manifest["patches"] = []
 
     assert refusal(planted(MOMENTUM, manifest=moved)) == "expected graphs for ort, got ['litert']"
 
