@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Any batch size: a model exported for a batch of one is freed of it and proved so.
 
-Exports bake the batch into the input's shape and into the targets of Reshape nodes. Both are
-rewritten; anything else that holds on to a batch of one shows when three examples are run together
-and one by one, and is refused by name.
+Exports bake the batch into the input's shape and into the targets of Reshape nodes (`reshapes.py`).
+Both are rewritten; anything else that holds on to a batch of one shows when three examples are run
+together and one by one, and is refused by name.
 """
 
 from __future__ import annotations
@@ -14,13 +14,11 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import numpy_helper
 
-from coordinator.compiler.graph import Graph, Shape, Value
+from coordinator.compiler.graph import Graph, Value
+from coordinator.compiler.reshapes import ADVICE, free_shapes
 from coordinator.compiler.runtime import run, session
 from edge_sdk.errors import CompileError
-
-_ADVICE = "export it with a dynamic batch dimension (dynamic_axes or dynamic_shapes in torch)"
 
 
 def free_batch(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -43,7 +41,7 @@ def free_batch(proto: onnx.ModelProto) -> onnx.ModelProto:
     free = onnx.ModelProto()
     free.CopyFrom(proto)
     if dims[0].dim_value:
-        _free_reshapes(free, dims[0].dim_value)
+        free_shapes(free, dims[0].dim_value)
     _symbolic(free.graph.input[0])
     _symbolic(free.graph.output[0])
     _prove(free)
@@ -66,35 +64,6 @@ def _symbolic(value: onnx.ValueInfoProto) -> None:
         dims[0].dim_param = "N"
 
 
-def _free_reshapes(proto: onnx.ModelProto, batch: int) -> None:
-    """Rewrite the constant targets of Reshape nodes that spell the batch out."""
-    graph = Graph.from_model(proto)
-    stored = {t.name: t for t in proto.graph.initializer}
-    for node in proto.graph.node:
-        if node.op_type != "Reshape" or node.input[1] not in stored or node.input[0] in stored:
-            continue
-        target = numpy_helper.to_array(stored[node.input[1]])
-        shape = _freed(graph.shape(node.input[0]), target.tolist(), batch)
-        if shape is None:
-            raise CompileError(
-                f"expected a Reshape that keeps the batch, node {node.name or node.output[0]!r} "
-                f"makes the fixed shape {target.tolist()}: {_ADVICE}"
-            )
-        if shape != target.tolist():
-            name = f"{node.input[1]}.{node.output[0]}.free"
-            proto.graph.initializer.append(numpy_helper.from_array(np.array(shape, np.int64), name))
-            node.input[1] = name
-
-
-def _freed(source: Shape | None, target: list[int], batch: int) -> list[int] | None:
-    """Return a Reshape target for any batch, or None where there is no room for one."""
-    if not target or target[0] <= 0:
-        return target
-    if source and source[0] == batch and target[0] == batch:
-        return [0, *target[1:]]
-    return None if -1 in target else [-1, *target[1:]]
-
-
 def _prove(proto: onnx.ModelProto) -> None:
     """Run three examples together and one by one: the rows must agree."""
     x = _sample(Graph.from_model(proto).inputs[0])
@@ -103,12 +72,12 @@ def _prove(proto: onnx.ModelProto) -> None:
         together, *alone = (run(runs, rows) for rows in (x, *np.split(x, len(x))))
     except Exception as error:  # the runtime raises bare C++ exceptions of many kinds
         raise CompileError(
-            f"expected a model that runs on a batch of {len(x)}: {_cause(error)}; {_ADVICE}"
+            f"expected a model that runs on a batch of {len(x)}: {_cause(error)}; {ADVICE}"
         ) from error
     if together.shape[:1] != (len(x),) or any(row.shape[:1] != (1,) for row in alone):
         raise CompileError(
             f"expected an output of shape [batch, ...], {len(x)} examples gave "
-            f"{list(together.shape)}: {_ADVICE}"
+            f"{list(together.shape)}: {ADVICE}"
         )
     rows = np.concatenate(alone).astype(np.float64)
     size = np.abs(rows[np.isfinite(rows)]).max(initial=0)
@@ -116,7 +85,7 @@ def _prove(proto: onnx.ModelProto) -> None:
     if not np.allclose(together.astype(np.float64), rows, rtol=0, atol=slack, equal_nan=True):
         raise CompileError(
             f"expected each example's output to depend on that example alone, it depends on the "
-            f"others in the batch: {_ADVICE}"
+            f"others in the batch: {ADVICE}"
         )
 
 

@@ -71,20 +71,6 @@ def test_open_sizes_besides_the_batch_are_refused() -> None:
     refuse(Net(()).add("Relu").model(), "has no dimensions")
 
 
-def test_control_flow_is_refused_by_name() -> None:
-    branch = helper.make_graph(
-        [helper.make_node("Identity", [X], ["inner"])], "branch", [],
-        [helper.make_tensor_value_info("inner", TensorProto.FLOAT, None)],
-    )  # fmt: skip
-    net = Net(("N", 6)).dense("head", 6, 3)
-    net.weights["yes"] = np.ones((), np.bool_)
-    net.nodes[0].input[0] = "chosen"
-    net.nodes.insert(
-        0, helper.make_node("If", ["yes"], ["chosen"], then_branch=branch, else_branch=branch)
-    )
-    refuse(net.model(), "without control flow, got If")
-
-
 def test_infinite_weights_are_refused_by_name() -> None:
     net = Net(("N", 6)).dense("head", 6, 3)
     net.weights["head.bias"][1] = np.nan
@@ -121,6 +107,7 @@ def reshaped(batch: int, first: list[int], second: list[int]) -> onnx.ModelProto
         ([-1, 9], [1, 36]),
         ([1, 1, 4, 9], [-1, 36]),
         ([0, 4, 9], [0, -1]),
+        ([4, -1], [1, 36]),
     ],
 )
 def test_reshapes_that_spell_the_batch_out_are_freed(first: list[int], second: list[int]) -> None:
@@ -136,10 +123,12 @@ def test_reshapes_that_spell_the_batch_out_are_freed(first: list[int], second: l
     assert losses[-1] < losses[0]
 
 
-def test_a_reshape_that_swallows_the_batch_is_refused_by_name() -> None:
-    refuse(
-        reshaped(1, [4, -1], [1, 36]), r"Reshape that keeps the batch, node 'reshape_2\.node'.*dyn"
-    )
+def test_a_reshape_that_tears_the_batch_apart_is_refused_by_name() -> None:
+    net = Net((1, 1, 8, 8)).conv("conv", 1, 4, 3, strides=[2, 2]).add("Relu")
+    net.add("Transpose", perm=[1, 0, 2, 3])
+    net.weights["first"], net.weights["second"] = np.array([3, 12]), np.array([1, 36])
+    net.add("Reshape", "first").add("Reshape", "second").dense("head", 36, 3)
+    refuse(net.model(), r"keeps the batch, node 'reshape_3\.node' makes .*\[3, 12\].*dynamic")
 
 
 def test_a_model_that_mixes_its_batch_is_refused() -> None:
