@@ -17,19 +17,14 @@ from numpy.typing import NDArray
 from onnx import numpy_helper, version_converter
 
 from coordinator.compiler.graph import IR_VERSION, OPSET_CEILING
+from coordinator.compiler.qoperator import to_qdq
+from coordinator.compiler.unroll import unrolled
 from edge_sdk.errors import CompileError
 
 OLDEST = 11
 """The oldest operator set that is read."""
 
 _LAST_SOUND = 20
-_QOPERATORS = frozenset(
-    {
-        "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear",
-        "QLinearAdd", "QLinearMul", "QLinearSigmoid", "QLinearLeakyRelu", "QLinearConcat",
-        "QLinearAveragePool", "QLinearGlobalAveragePool", "QLinearSoftmax", "QGemm",
-    }
-)  # fmt: skip
 
 
 def load(model: str | Path | bytes | onnx.ModelProto) -> onnx.ModelProto:
@@ -42,8 +37,9 @@ def load(model: str | Path | bytes | onnx.ModelProto) -> onnx.ModelProto:
     _refuse(proto)
     if proto.functions:
         proto = onnx.inliner.inline_local_functions(proto)
-    proto = _lowered(proto)
+    proto = _lowered(unrolled(_without_newest(proto)))
     _constants_to_initializers(proto.graph)
+    proto = to_qdq(proto)
     _store_raw(proto.graph)
     _quantize_stored(proto.graph)
     _drop_initializer_inputs(proto.graph)
@@ -104,16 +100,39 @@ def _refuse(proto: onnx.ModelProto) -> None:
             )
     if proto.graph.sparse_initializer:
         raise CompileError("expected dense weights, the model has sparse initializers")
-    for node in proto.graph.node:
-        if node.op_type in _QOPERATORS:
-            raise CompileError(
-                f"expected int8 in QDQ format, {node.op_type} node {node.name!r} is QOperator "
-                "format: quantize with quant_format=QuantFormat.QDQ"
-            )
 
 
 def _tensors(node: onnx.NodeProto) -> list[onnx.TensorProto]:
     return [a.t for a in node.attribute if a.type == onnx.AttributeProto.TENSOR]
+
+
+def _without_newest(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Spell out, as ONNX itself does, the operators that the newest supported set lacks."""
+    if opset_of(proto) <= OPSET_CEILING:
+        return proto
+    present = {node.op_type for node in proto.graph.node if node.domain in {"", "ai.onnx"}}
+    newest = sorted(op for op in present if _is_newest(op))
+    if not newest:
+        return proto
+    ids = [("", op) for op in newest]
+    return onnx.inliner.inline_selected_functions(proto, ids, inline_schema_functions=True)
+
+
+def _is_newest(op: str) -> bool:
+    """Tell whether an operator came after the ceiling, and is defined by simpler ones."""
+    if not onnx.defs.has(op):
+        return False
+    schema = onnx.defs.get_schema(op)
+    spelled = schema.has_function or schema.has_context_dependent_function
+    return spelled and not _is_known(op)
+
+
+def _is_known(op: str) -> bool:
+    try:
+        onnx.defs.get_schema(op, OPSET_CEILING)
+    except onnx.defs.SchemaError:
+        return False
+    return True
 
 
 def _lowered(proto: onnx.ModelProto) -> onnx.ModelProto:

@@ -110,10 +110,14 @@ def test_a_weight_behind_a_step_function_is_left_out_or_refused() -> None:
 
 
 def test_an_operator_without_a_rule_is_named_with_what_to_do() -> None:
-    net = Net(("N", 6)).dense("body", 6, 8).add("Acosh").dense("head", 8, 3)
-    assert chosen(net.model(), "head.*") == ["head.weight", "head.bias"]
-    with pytest.raises(CompileError, match=r"Acosh node 'acosh_1\.node' has none"):
-        chosen(net.model(), "all")
+    net = (
+        Net(("N", 6)).dense("body", 6, 8).add("Normalizer", domain="ai.onnx.ml").dense("head", 8, 3)
+    )
+    model = net.model()
+    model.opset_import.append(helper.make_opsetid("ai.onnx.ml", 3))
+    assert chosen(model, "head.*") == ["head.weight", "head.bias"]
+    with pytest.raises(CompileError, match=r"Normalizer node 'normalizer_1\.node' has none"):
+        chosen(model, "all")
 
 
 def test_a_transposed_weight_is_found_behind_the_transpose() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from forward_models import Net, Steps, X, blobs, cnn, evaluate, mlp, predict
+from forward_models import Net, Steps, blobs, cnn, evaluate, mlp, predict
 from onnx import TensorProto, helper, numpy_helper
 
 from coordinator.compiler import build

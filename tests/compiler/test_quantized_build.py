@@ -385,12 +385,6 @@ def test_a_model_may_be_int8_in_part(operator: str) -> None:
     export(run.bundle, run.params())
 
 
-def test_qoperator_format_is_refused_by_name() -> None:
-    model = quantized(cnn(opset=17), X, qdq=False)
-    with pytest.raises(CompileError, match=r"QOperator format.*QuantFormat\.QDQ"):
-        build(model, loss="cross_entropy")
-
-
 def test_building_an_int8_model_twice_gives_the_same_bytes(model: onnx.ModelProto) -> None:
     first, second = (build(model, loss="cross_entropy").data for _ in range(2))
     assert first == second

@@ -145,6 +145,11 @@ def test_dropout_at_inference_passes_the_gradient_on() -> None:
     assert backward(e, {y: "x"}, ["x"]) == {"x": "x"}
 
 
+def resized(e: Emit, **setting: str) -> str:
+    roi = e.const([0, 0, 0, 0, 1, 1, 1, 1])
+    return e.Resize("x", roi, None, e.ints(1, 2, 3, 3), mode="linear", **setting)
+
+
 @pytest.mark.parametrize(
     ("model", "words"),
     [
@@ -153,8 +158,8 @@ def test_dropout_at_inference_passes_the_gradient_on() -> None:
         (lambda e: e.MaxPool("x", kernel_shape=[2, 2], storage_order=1), "row-major"),
         (lambda e: e.ReduceSum("x", e.Cast("c", to=np.int64)), "constant axes"),
         (lambda e: e.Tile("x", e.Cast("c", to=np.int64)), "constant repeats"),
-        (lambda e: e.Resize("x", None, e.const([1, 1, 1.5, 1.5])), "whole factors"),
-        (lambda e: e.Resize("x", None, e.const([1, 1, 2, 2]), mode="linear"), "nearest"),
+        (lambda e: resized(e, coordinate_transformation_mode="tf_crop_and_resize"), "crop first"),
+        (lambda e: resized(e, keep_aspect_ratio_policy="not_larger"), "that stretches"),
         (lambda e: e.Pad("x", e.Cast("c", to=np.int64), mode="edge"), "constant pads"),
         (lambda e: e.Dropout("x", e.ReduceMax("c", keepdims=0)), "constant ratio"),
     ],

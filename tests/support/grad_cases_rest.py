@@ -224,4 +224,17 @@ RESIZE = [
     _resize(np.array([1, 2], F), shape=(2, 3), mode="nearest", nearest_mode="round_prefer_ceil"),
 ]
 
-REST = [*CURVES, *GATHER, *EINSUM, *NORMS, *FRAMES, *RESIZE]
+def _dynamically(*shape: int) -> Case:
+    """Quantize dynamically and dequantize: to be differentiated as the identity."""
+
+    def build(e: Any, x: str) -> str:
+        return e.DequantizeLinear(*e.DynamicQuantizeLinear(x, outputs=3))
+
+    return Case(
+        "DynamicQuantizeLinear", (normal(*shape),), build=build, meaning=lambda x: x, batch=(0,)
+    )
+
+
+DYNAMIC = [_dynamically(3, 4), _dynamically(2, 3, 2)]
+
+REST = [*CURVES, *GATHER, *EINSUM, *NORMS, *FRAMES, *RESIZE, *DYNAMIC]
