@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from edge_sdk import sizes
+
 Row = tuple[str, str]
 
 
@@ -38,7 +40,7 @@ def of(manifest: Mapping[str, Any], digest: str, size: int) -> Explanation:
     cost = manifest["cost"]
     rows = [
         ("digest", digest),
-        ("size", _bytes(size)),
+        ("size", sizes.spelled(size)),
         ("input", _port(manifest["input"])),
         ("output", _port(manifest["output"])),
         ("loss", manifest["loss"]),
@@ -60,25 +62,24 @@ _LABELS = {
     "flops_step": "FLOPs of a step",
     "bytes_dense": "dense update",
     "bytes_update": "update as sent",
+    "ram_train": "RAM to train adds",
     "ram_peak": "peak RAM",
+    "batch": "rows a step, at most",
 }
 
 
 def _cost(name: str, value: Any) -> str:
+    if isinstance(value, Mapping) and name.startswith("ram_"):
+        told = sorted((int(rows), size) for rows, size in value.items())
+        return ", ".join(f"batch {n} {sizes.spelled(size)}" for n, size in told) or "none"
     if isinstance(value, Mapping):
         counts = sorted(value.items(), key=lambda item: (-item[1], item[0]))
         return ", ".join(f"{key} {n:g}" for key, n in counts) or "none"
     if name.startswith(("bytes_", "ram_")):
-        return _bytes(value)
+        return sizes.spelled(value)
     if name.endswith("_share"):
         return f"{value:.1%}"
     return f"{value:,}"
-
-
-def _bytes(size: float) -> str:
-    if size < 1024:
-        return f"{size:.0f} B"
-    return f"{size / 1024:.1f} KiB" if size < 1 << 20 else f"{size / (1 << 20):.1f} MiB"
 
 
 def _port(port: Mapping[str, Any]) -> str:

@@ -85,10 +85,13 @@ class Trainer:
     ) -> Fit:
         """Train in shuffled batches until the first of the budgets ends; None is no limit.
 
+        `batch`: rows of a step, but never more than a bundle built for so much memory allows.
+
         Raises: ValueError on no examples, no limit or another shape; EngineError when the loss is
         not finite.
         """
         xs, ys = self._feed.examples(x, y)
+        batch = self._rows(batch)
         _check_budget(batch, epochs, steps, seconds)
         rate, pull = self._lr(lr), self._mu(mu)
         started_s, total, seen, done = self._clock.monotonic(), 0.0, 0, 0
@@ -195,6 +198,10 @@ class Trainer:
                 self._feed.fill(bx, xs, rows)
                 np.take(ys, rows, axis=0, out=by, mode="clip")
                 yield bx, by
+
+    def _rows(self, batch: int) -> int:
+        most = self._bundle.manifest["cost"].get("batch")
+        return batch if most is None else min(batch, int(most))
 
     def _lr(self, lr: float | None) -> float:
         rate = float(self._bundle.manifest["lr"] if lr is None else lr)

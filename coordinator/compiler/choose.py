@@ -37,6 +37,16 @@ def select(graph: Graph, train: str | Sequence[str], logits: str) -> list[Weight
     return found
 
 
+def selections(graph: Graph, logits: str) -> list[str]:
+    """Return ways to choose weights, from the widest to the narrowest."""
+    reached = _reached(graph, logits)
+    usable = [w for w in find_weights(graph) if reached.issuperset(w.tensors)]
+    layers = len({w.layer for w in usable})
+    bias = ["bias"] if layers > 1 and any(w.role == "bias" for w in usable) else []
+    middle = [f"last:{k}" for k in range(layers - 1, 1, -1)]
+    return ["all", *middle, *bias, *(["last:1"] if layers > 1 else [])]
+
+
 def _matching(
     graph: Graph, pattern: str, weights: list[Weight], usable: list[Weight], reached: set[str]
 ) -> list[Weight]:

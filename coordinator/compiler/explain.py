@@ -6,10 +6,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
-from coordinator.compiler.graph import Graph, Node, Shape, Value
+from coordinator.compiler.graph import Graph, Node, Shape
+from coordinator.compiler.lifetimes import at_batch
 from coordinator.compiler.weights import Weight
 
 UPDATE_RATIO = 34
@@ -55,18 +55,8 @@ def flops(graph: Graph) -> int:
 
     A multiply and an add count as two; an operator whose shapes are unknown counts as nothing.
     """
-    sized = _at_batch_one(graph)
+    sized = at_batch(graph, 1)
     return sum(_flops(sized, node) for node in sized.nodes)
-
-
-def _at_batch_one(graph: Graph) -> Graph:
-    def one(value: Value) -> Value:
-        shape = value.shape
-        return replace(value, shape=shape and tuple(1 if d is None else d for d in shape))
-
-    inputs = tuple(map(one, graph.inputs))
-    outputs = tuple(replace(v, shape=None) for v in graph.outputs)
-    return replace(graph, inputs=inputs, outputs=outputs).inferred()
 
 
 def _flops(graph: Graph, node: Node) -> int:

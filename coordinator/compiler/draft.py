@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One selection of weights, compiled: the graphs and the manifest, ready to be packed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+
+from coordinator.compiler.budget import MOST_ROWS, Cost
+from coordinator.compiler.choose import select
+from coordinator.compiler.explain import cost
+from coordinator.compiler.graph import Graph, Value
+from coordinator.compiler.losses import Loss
+from coordinator.compiler.memory import RUNTIME_BYTES, Held, by_batch
+from coordinator.compiler.optim import Optimizer, Slot
+from coordinator.compiler.passes import drop_unused
+from coordinator.compiler.predict import predict_model
+from coordinator.compiler.ranges import ROLE, learn_ranges
+from coordinator.compiler.train import evaluate_graph, open_weights, train_graph
+from coordinator.compiler.weights import Weight, find_weights
+from edge_sdk.bundle import Bundle, pack
+from edge_sdk.errors import CompileError
+
+_GRAPHS = {role: f"ort/{role}.onnx" for role in ("predict", "train", "evaluate")}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is the same whichever weights are trained.
+
+    Attributes:
+        proto: the forward model; forward: the same, ready to be differentiated.
+        logits: the tensor of `forward` that the loss reads.
+        batch: rows of a step that the cost table must tell of, besides its usual ones.
+        learns_ranges: train the steps of int8 activations, too.
+    """
+
+    proto: onnx.ModelProto
+    forward: Graph
+    logits: str
+    loss: Loss
+    optimizer: Optimizer
+    is_proximal: bool
+    batch: int | None = None
+    learns_ranges: bool = False
+
+    @property
+    def reached(self) -> Graph:
+        """Return what of the forward graph makes the logits."""
+        return drop_unused(replace(self.forward, outputs=(Value(self.logits),)))
+
+
+class Draft(NamedTuple):
+    """A bundle but for its name and the rows of a step."""
+
+    manifest: dict[str, Any]
+    members: dict[str, bytes]
+
+    @property
+    def cost(self) -> Cost:
+        """Return the manifest's cost table."""
+        table: Cost = self.manifest["cost"]
+        return table
+
+    def packed(self, called: Mapping[str, Any], rows: int | None = None) -> Bundle:
+        """Return the bundle; with `rows`, devices keep to so many a step."""
+        table = dict(self.cost)
+        if rows is not None:
+            table |= {"batch": rows, "ram_peak": RUNTIME_BYTES + table["ram_train"][str(rows)]}
+        return pack(self.manifest | {**called, "cost": table}, self.members)
+
+
+def draft(task: Task, train: str | Sequence[str]) -> Draft:
+    """Compile a task that trains `train`. Raises: CompileError."""
+    weights = select(task.reached, train, task.logits)
+    _check_finite(weights)
+    if task.learns_ranges:
+        task, ranges = _with_ranges(task, weights)
+        weights = [*weights, *ranges]
+    opened = open_weights(task.forward, weights, task.logits)
+    target = _target(opened.graph.outputs[0], task.loss)
+    step, slots = train_graph(
+        opened, task.loss, task.optimizer, target=target, is_proximal=task.is_proximal
+    )
+    measure = evaluate_graph(opened, task.loss, target=target)
+    predict, patches = predict_model(task.proto, task.forward, weights)
+    members = {
+        "params.bin": b"".join(w.value.astype("<f4").tobytes() for w in weights),
+        _GRAPHS["predict"]: predict,
+        _GRAPHS["train"]: _written(step),
+        _GRAPHS["evaluate"]: _written(measure),
+    }
+    total = sum(w.value.size for w in find_weights(task.forward))
+    total += sum(w.value.size for w in weights if w.role == ROLE)
+    table = cost(task.forward, step, weights, total)
+    manifest = {
+        "format": "fedge-bundle/1",
+        "producer": f"fedge {_version()}",
+        "loss": task.loss.name,
+        "train": train if isinstance(train, str) else list(train),
+        "optimizer": task.optimizer.spec,
+        "lr": task.optimizer.lr,
+        "proximal": task.is_proximal,
+        "input": _port(task.forward, task.forward.inputs[0]),
+        "output": _port(task.forward, _batched(task.forward.outputs[0])),
+        "target": {"dtype": task.loss.target, "shape": list(target.shape or ())},
+        "params": [{"name": w.name, "shape": list(w.value.shape)} for w in weights],
+        "slots": [slot._asdict() | {"shape": list(slot.shape)} for slot in slots],
+        "graphs": {"ort": _GRAPHS},
+        "patches": patches,
+        "cost": table | _ram(task, step, weights, slots, members),
+    }
+    return Draft(manifest, members)
+
+
+def _with_ranges(task: Task, weights: Sequence[Weight]) -> tuple[Task, list[Weight]]:
+    proto, forward, ranges = learn_ranges(task.proto, task.forward, task.reached, weights)
+    return replace(task, proto=proto, forward=forward), ranges
+
+
+def _ram(
+    task: Task,
+    step: Graph,
+    weights: Sequence[Weight],
+    slots: Sequence[Slot],
+    members: Mapping[str, bytes],
+) -> dict[str, Any]:
+    """Return what the cost table says of memory: bytes added, by rows, and a process's peak."""
+    held = Held(
+        members=sum(map(len, members.values())),
+        params=sum(4 * w.value.size for w in weights),
+        slots=sum(4 * int(np.prod(s.shape, dtype=np.int64)) for s in slots),
+        example=sum(map(_row_bytes, step.inputs[:2])),
+        is_proximal=task.is_proximal,
+    )
+    told = by_batch(step, held, task.batch or MOST_ROWS)
+    return {"ram_train": told, "ram_peak": RUNTIME_BYTES + told[str(MOST_ROWS)]}
+
+
+def _row_bytes(value: Value) -> int:
+    """Return the size of one row of an input; an unknown dimension counts as 1."""
+    row = [d or 1 for d in (value.shape or ())[1:]]
+    dtype = value.dtype or np.dtype(np.float32)
+    return int(np.prod(row, dtype=np.int64)) * dtype.itemsize
+
+
+def _check_finite(weights: Sequence[Weight]) -> None:
+    for weight in weights:
+        if not np.isfinite(weight.value).all():
+            raise CompileError(f"expected finite numbers in {weight.name!r}, got NaN or infinity")
+
+
+def _batched(value: Value) -> Value:
+    return value if value.shape is None else replace(value, shape=(None, *value.shape[1:]))
+
+
+def _target(logits: Value, loss: Loss) -> Value:
+    """Return dtype and shape of the targets that go with these logits."""
+    shape = logits.shape
+    if loss.name != "cross_entropy":
+        if shape is None or None in shape[1:]:
+            raise CompileError(f"expected a known output shape for {loss.name}, got {shape}")
+        return Value("y", np.dtype(np.float32), (None, *shape[1:]))
+    if shape is None or len(shape) != 2 or shape[1] is None or shape[1] < 2:
+        raise CompileError(
+            f"expected an output of shape [N, C] with C of at least 2 for cross_entropy, got "
+            f"{list(shape or ())}: end the model in a Flatten, or use bce_logits for one output"
+        )
+    return Value("y", np.dtype(np.int64), (None,))
+
+
+def _port(graph: Graph, value: Value) -> dict[str, Any]:
+    """Describe an input or output, with its scale where it is quantized."""
+    scale = zero = None
+    maker = graph.producers.get(value.name)
+    readers = [n for n in graph.uses.get(value.name, ()) if n.kind == "DequantizeLinear"]
+    node = maker if maker is not None and maker.kind == "QuantizeLinear" else None
+    node = node or (readers[0] if readers and maker is None else None)
+    if node is not None and node.inputs[1] in graph.initializers:
+        scale = float(graph.initializers[node.inputs[1]].reshape(-1)[0])
+        zero = int(graph.initializers.get(node.input(2), np.zeros(1)).reshape(-1)[0])
+    shape = list(value.shape) if value.shape is not None else [None]
+    return {
+        "name": value.name,
+        "dtype": str(value.dtype or np.dtype(np.float32)),
+        "shape": shape,
+        "scale": scale,
+        "zero_point": zero,
+    }
+
+
+def _version() -> str:
+    try:
+        return version("fedge")
+    except PackageNotFoundError:
+        return "0"
+
+
+def _written(graph: Graph) -> bytes:
+    data: bytes = graph.to_model().SerializeToString(deterministic=True)
+    return data

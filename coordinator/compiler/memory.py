@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What training will take of a device's memory, told before anything runs.
+
+Counted exactly: two sets of parameters and of optimizer state, the round's start to take the delta
+from, the anchor of a proximal task, the batch as it was stored and as it is fed, and the pages of
+the arena that activations and gradients touch (`lifetimes`, `arena`). Four figures are measured,
+not derived: they were fitted once to the peak resident set (VmHWM) of training processes with
+onnxruntime 1.32 on x86-64, Python 3.11; docs/explain/memory.md says how, and how well they hold.
+Pure.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from coordinator.compiler.graph import Graph
+from coordinator.compiler.lifetimes import schedule
+
+RUNTIME_BYTES = 44_600_000
+"""A process that has imported numpy and onnxruntime and done nothing."""
+FIXED_BYTES = 21_380_000
+"""What `edge_sdk`, the runtime's code that runs for any graph, and an empty session add."""
+NODE_BYTES = 6_100
+"""A node of the training graph, loaded: its kernel, names and shapes."""
+FILE_SHARE = 1.1
+"""The bundle is held whole; a little of it twice."""
+CONSTANT_SHARE = 1.5
+"""Constants of the training graph, stored and folded: parsed, unpacked, packed again."""
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+"""The batch sizes that a bundle's cost table tells of."""
+
+
+class Footprint(NamedTuple):
+    """Bytes that training adds to a process with numpy and onnxruntime imported."""
+
+    fixed: int
+    loaded: int
+    weights: int
+    examples: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """Return the sum: what the process's peak grows by."""
+        return sum(self)
+
+
+class Held(NamedTuple):
+    """What a training process holds besides the graph: bytes, but for the flag.
+
+    Attributes:
+        members: all files of the bundle together.
+        params: the trained tensors, once; slots: the optimizer's state, once.
+        example: one input and its target.
+    """
+
+    members: int
+    params: int
+    slots: int
+    example: int
+    is_proximal: bool = False
+
+
+def footprint(train: Graph, held: Held, batch: int) -> Footprint:
+    """Predict what training on `batch` rows a step adds at the peak."""
+    plan = schedule(train, batch)
+    constants = round(CONSTANT_SHARE * plan.constants)
+    copies = 3 + held.is_proximal  # two sets, the round's start, perhaps the anchor
+    return Footprint(
+        fixed=FIXED_BYTES,
+        loaded=NODE_BYTES * len(train.nodes) + round(FILE_SHARE * held.members) + constants,
+        weights=copies * held.params + 2 * held.slots,
+        examples=2 * batch * held.example,
+        activations=plan.resident(),
+    )
+
+
+def by_batch(train: Graph, held: Held, batch: int) -> dict[str, int]:
+    """Return the totals for `BATCHES` and `batch`, keyed by the number of rows as text."""
+    sizes = sorted({*BATCHES, batch})
+    return {str(n): footprint(train, held, n).total for n in sizes}
