@@ -114,8 +114,16 @@ def _without_newest(proto: onnx.ModelProto) -> onnx.ModelProto:
     newest = sorted(op for op in present if _is_newest(op))
     if not newest:
         return proto
+    typed = onnx.ModelProto()
+    typed.CopyFrom(proto)
+    known = {value.name for value in typed.graph.input}
+    typed.graph.value_info.extend(  # the inliner asks for the types of stored tensors, too
+        onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims)
+        for t in typed.graph.initializer
+        if t.name not in known
+    )
     ids = [("", op) for op in newest]
-    return onnx.inliner.inline_selected_functions(proto, ids, inline_schema_functions=True)
+    return onnx.inliner.inline_selected_functions(typed, ids, inline_schema_functions=True)
 
 
 def _is_newest(op: str) -> bool:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import numpy as np
 import onnx
 import pytest
 from forward_models import Net, Steps, blobs, cnn, mlp
@@ -110,14 +111,12 @@ def test_a_weight_behind_a_step_function_is_left_out_or_refused() -> None:
 
 
 def test_an_operator_without_a_rule_is_named_with_what_to_do() -> None:
-    net = (
-        Net(("N", 6)).dense("body", 6, 8).add("Normalizer", domain="ai.onnx.ml").dense("head", 8, 3)
-    )
-    model = net.model()
-    model.opset_import.append(helper.make_opsetid("ai.onnx.ml", 3))
-    assert chosen(model, "head.*") == ["head.weight", "head.bias"]
-    with pytest.raises(CompileError, match=r"Normalizer node 'normalizer_1\.node' has none"):
-        chosen(model, "all")
+    net = Net(("N", 6)).dense("body", 6, 9)
+    net.weights |= {"square": np.array([-1, 3, 3]), "column": np.array([-1, 1])}
+    net.add("Reshape", "square").add("Det").add("Reshape", "column").dense("head", 1, 3)
+    assert chosen(net.model(), "head.*") == ["head.weight", "head.bias"]
+    with pytest.raises(CompileError, match=r"Det node 'det_2\.node' has none"):
+        chosen(net.model(), "all")
 
 
 def test_a_transposed_weight_is_found_behind_the_transpose() -> None:
