@@ -13,6 +13,7 @@ EXAMPLES = """examples:
   fedge bench step --model dscnn --json      one of them, for machines
   fedge bench step --model mine.onnx         your own
   fedge bench step --device                  memory of a device: the application and its training
+  fedge bench memory                         memory to train, predicted and measured
   fedge bench codec                          bytes and milliseconds of an update
   fedge bench aggregate                      updates folded per second"""
 Tables = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -39,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    kinds = parser.add_subparsers(required=True, metavar="step|codec|aggregate")
+    kinds = parser.add_subparsers(required=True, metavar="step|memory|codec|aggregate")
     step = _kind(kinds, "step", "one training step, next to torch in eager mode", _step)
     step.add_argument("--model", help="a recipe's name or an ONNX file (the four of MLPerf Tiny)")
     step.add_argument("--loss", help="of a model from a file (cross_entropy)")
@@ -47,6 +48,12 @@ def _parser() -> argparse.ArgumentParser:
     step.add_argument("--threads", type=int, default=2, help="of both sides (2)")
     step.add_argument("--repeat", type=int, default=15, help="turns of ten steps each (15)")
     step.add_argument("--device", action="store_true", help="memory of a device instead of time")
+    memory = _kind(kinds, "memory", "memory to train, predicted and measured", _memory)
+    memory.add_argument("--model", help="a recipe's name or an ONNX file (six recipes)")
+    memory.add_argument("--loss", help="of a model from a file (cross_entropy)")
+    memory.add_argument("--batch", type=int, help="rows of a step (4, 16 and 32)")
+    memory.add_argument("--train", help="which weights (all, last:1 and bias)")
+    memory.add_argument("--threads", type=int, default=1, help="of the runtime (1)")
     _kind(kinds, "codec", "encode and decode updates", _codec)
     _kind(kinds, "aggregate", "decode and fold updates", _aggregate)
     return parser
@@ -71,6 +78,16 @@ def _step(args: argparse.Namespace) -> Tables:
     models = [args.model] if args.model else MODELS
     settings = {"batch": args.batch, "threads": args.threads, "repeat": args.repeat}
     return {"step": [step.measure(model, loss=args.loss, **settings) for model in models]}
+
+
+def _memory(args: argparse.Namespace) -> Tables:
+    from coordinator.bench import memory
+
+    models = [args.model] if args.model else [*MODELS, "har", "digits"]
+    batches = [args.batch] if args.batch else memory.BATCHES
+    selections = [args.train] if args.train else memory.SELECTIONS
+    settings = {"batches": batches, "selections": selections, "loss": args.loss}
+    return {"memory": list(memory.measure(models, **settings, threads=args.threads))}
 
 
 def _codec(args: argparse.Namespace) -> Tables:

@@ -14,7 +14,7 @@ from edge_sdk.bundle import Bundle
 from edge_sdk.errors import ConfigError
 
 LOSSES = {"dscnn": "cross_entropy", "resnet8": "cross_entropy", "mobilenet": "cross_entropy"}
-LOSSES |= {"autoencoder": "mse", "har": "cross_entropy"}
+LOSSES |= {"autoencoder": "mse", "har": "cross_entropy", "digits": "cross_entropy"}
 """The recipes that can be measured, and the loss that each is trained with."""
 
 

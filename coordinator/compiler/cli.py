@@ -18,7 +18,7 @@ def build_main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     from coordinator.compiler.pipeline import build
 
-    train = args.train if len(args.train) > 1 else args.train[0]
+    train = args.train[0] if args.train and len(args.train) == 1 else args.train
     bundle = build(
         args.model,
         loss=args.loss,
@@ -27,6 +27,10 @@ def build_main(argv: Sequence[str]) -> int:
         proximal=args.proximal,
         headroom=args.headroom,
         name=args.name,
+        max_ram=args.max_ram,
+        max_bytes_per_update=args.max_bytes_per_update,
+        max_flops=args.max_flops,
+        batch=args.batch,
     )
     bundle.save(args.output)
     if args.json:
@@ -60,9 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--train",
         nargs="+",
-        default=["all"],
         metavar="SEL",
-        help="all (default), bias, last:K, names or globs such as 'head.*'",
+        help="all, bias, last:K, names or globs such as 'head.*' (default: all, or under limits "
+        "the widest that keeps them)",
     )
     add("--optimizer", choices=["sgd", "momentum", "adam"], default="sgd")
     add("--lr", type=float, default=0.05, help="learning rate (default 0.05)")
@@ -77,6 +81,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="X",
         help="widen the range of an int8 model's logits by this factor (default 1)",
     )
+    add("--max-ram", metavar="SIZE", help="what training may add to a process, such as 24MiB")
+    add("--max-bytes-per-update", metavar="SIZE", help="what a round may send, such as 8KiB")
+    add("--max-flops", type=float, metavar="N", help="operations to train on one example")
+    add("--batch", type=int, metavar="N", help="rows of a step that must fit in --max-ram")
     add("--name", help="of the bundle (default: the file's)")
     add("--json", action="store_true", help="print path, digest and size for machines")
     return parser
