@@ -4,9 +4,9 @@
 The scale of a quantized tensor follows its master: max(max(W)/(qmax-zp), max(-W)/(zp-qmin), TINY),
 with int8's qmin at -127; then q = clip(rint(W/scale) + zp). A scale kept from before training costs
 most of what was learned. int32 biases follow the scales of their weight and of their layer's input.
-The range of an activation is a parameter in octaves above the step that the model came with. A
-tensor whose master is bit-equal to its initial value keeps its original bytes, so an untrained
-model comes out as it came.
+A learned range is a parameter that says how far an activation's step is above what it was. A tensor
+whose master is bit-equal to its initial value keeps its original bytes, so an untrained model comes
+out as it came.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from edge_sdk.params import flatten
 from edge_sdk.types import Array, Params
 
 TINY = np.finfo(np.float32).tiny
-OCTAVES = 16.0
+OCTAVES = 4.0
+"""How many octaves a learned range moves when its parameter grows by 1."""
+
+MOST_OCTAVES = 16.0
 """How far a learned range may move: from 2**-16 to 2**16 of where it was."""
 
 _INT32 = np.iinfo(np.int32)
@@ -76,12 +79,14 @@ def scale_of(weight: Array, dtype: str, axis: int | None, zero_point: NDArray[An
     return np.asarray(np.maximum(np.maximum(above, below), TINY), np.float32)
 
 
-def step_of(octaves: Array, start: np.float32) -> Array:
+def step_of(value: Array, start: np.float32) -> Array:
     """Return an activation's step: ``start * 2**floor(t) * (1 + t - floor(t))``, float32.
 
-    A straight line between whole octaves, so that every machine gets the same bits.
+    t is `OCTAVES` times the parameter's value. A straight line between whole octaves, so that every
+    machine gets the same bits.
     """
-    t = np.clip(np.asarray(octaves, np.float32), np.float32(-OCTAVES), np.float32(OCTAVES))
+    most = np.float32(MOST_OCTAVES)
+    t = np.clip(np.asarray(value, np.float32) * np.float32(OCTAVES), -most, most)
     whole = np.floor(t)
     octave = start * np.ldexp(np.float32(1), whole.astype(np.int32))
     return np.asarray(np.maximum(octave * ((t - whole) + np.float32(1)), TINY), np.float32)

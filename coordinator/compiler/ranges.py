@@ -3,8 +3,8 @@
 
 A range that was fitted before training cuts off what training makes larger. Here each step is
 trained with the weights by its own gradient (Esser et al. 2020, "Learned Step Size Quantization",
-eq. 3), as so many octaves above the step that the model came with (Jain et al. 2020, "Trained
-Quantization Thresholds", section 3.2: a power keeps it above 0 and its gradient free of scale).
+eq. 3), in octaves above the step that the model came with (Jain et al. 2020, "Trained Quantization
+Thresholds", section 3.2: a power keeps it above 0 and its gradient free of scale).
 Being a parameter it travels in deltas and is averaged like any weight, so that two devices with the
 same version quantize alike. Zero points stay.
 """
@@ -20,9 +20,16 @@ import onnx
 from coordinator.compiler.emit import Emit
 from coordinator.compiler.graph import Graph, Node
 from coordinator.compiler.weights import Weight
-from edge_sdk.requantize import OCTAVES
+from edge_sdk.requantize import MOST_OCTAVES, OCTAVES
 
 ROLE = "range"
+
+SLOWED = OCTAVES**-2
+"""Factor of a range's gradient.
+
+With it, plain descent and momentum move a range as if its parameter counted octaves; Adam, which
+does not see factors of gradients, moves it `OCTAVES` octaves per unit of its rate: at 1 a range
+lags behind its weights (docs/explain/int8.md has the figures)."""
 
 _MOVES = frozenset(
     {"Flatten", "Gather", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
@@ -63,13 +70,13 @@ def learn_ranges(
     return proto, forward, found
 
 
-def step(e: Emit, octaves: str, start: float) -> str:
-    """Emit ``start * 2**floor(t) * (1 + t - floor(t))``, t being the octaves, at most `OCTAVES`.
+def step(e: Emit, value: str, start: float) -> str:
+    """Emit ``start * 2**floor(t) * (1 + t - floor(t))``, t being `OCTAVES` times the parameter.
 
     Between whole octaves it is a straight line: float32 gives the same bits everywhere, which a
     power of a fraction does not.
     """
-    t = e.Clip(octaves, e.const(-OCTAVES), e.const(OCTAVES))
+    t = e.Clip(e.Mul(value, e.const(OCTAVES)), e.const(-MOST_OCTAVES), e.const(MOST_OCTAVES))
     whole = e.Floor(t)
     octave = e.Mul(e.const(start), e.Pow(e.const(2.0), whole))
     return e.Mul(octave, e.Add(e.Sub(t, whole), e.const(1.0)))

@@ -22,7 +22,7 @@ from coordinator.compiler.graph import Graph, Value
 from coordinator.compiler.losses import Loss
 from coordinator.compiler.optim import Optimizer, Slot, descend, proximal
 from coordinator.compiler.passes import drop_unused, rename, simplify
-from coordinator.compiler.ranges import ROLE, step
+from coordinator.compiler.ranges import ROLE, SLOWED, step
 from coordinator.compiler.rewrite import rewritten
 from coordinator.compiler.vjp import backward
 from coordinator.compiler.weights import Weight
@@ -40,12 +40,14 @@ class Open:
         logits: float32, what the loss reads.
         leaves: for each weight the tensor to differentiate by: the input, or its rounded form.
         params: name and shape of each weight.
+        ranges: which of the leaves are ranges of activations.
     """
 
     graph: Graph
     logits: str
     leaves: tuple[str, ...]
     params: tuple[tuple[str, tuple[int, ...]], ...]
+    ranges: frozenset[str] = frozenset()
 
 
 def open_weights(graph: Graph, weights: Sequence[Weight], logits: str) -> Open:
@@ -76,7 +78,9 @@ def open_weights(graph: Graph, weights: Sequence[Weight], logits: str) -> Open:
     ready = ready if spelled is ready else simplify(spelled)
     ready = quantize_late(drop_unused(drop_requantize(ready, leaves)), leaves)
     ready = replace(ready, outputs=ready.outputs[:1]).inferred()
-    return Open(ready, logits, tuple(leaves), tuple((w.name, w.value.shape) for w in weights))
+    ranges = {leaf for leaf, w in zip(leaves, weights, strict=True) if w.role == ROLE}
+    params = tuple((w.name, w.value.shape) for w in weights)
+    return Open(ready, logits, tuple(leaves), params, frozenset(ranges))
 
 
 def train_graph(
@@ -91,6 +95,7 @@ def train_graph(
     e.input("lr")
     made = loss.learn(e, opened.logits, "y")
     grads = backward(e, {opened.logits: made.gradient}, opened.leaves)
+    grads |= {leaf: e.Mul(grads[leaf], e.const(SLOWED)) for leaf in opened.ranges}
     gradients = [grads[leaf] for leaf in opened.leaves]
     params = [f"p.{i}" for i in range(len(opened.params))]
     anchors = [f"a.{i}" for i in range(len(params))] if is_proximal else []
