@@ -70,7 +70,8 @@ class InThread:
     def __init__(self, job: TrainJob) -> None:
         self.cancel = threading.Event()
         self.ended: object = None
-        self._thread = threading.Thread(target=self._run, args=(job,))
+        # daemon: a test that fails before it cancels must not keep the suite from ending
+        self._thread = threading.Thread(target=self._run, args=(job,), daemon=True)
         self._thread.start()
 
     def _run(self, job: TrainJob) -> None:
