@@ -3,8 +3,8 @@
 
 Counted exactly: two sets of parameters and of optimizer state, the round's start to take the delta
 from, the anchor of a proximal task, the batch as it was stored and as it is fed, and the pages of
-the arena that activations and gradients touch (`lifetimes`, `arena`). Four figures are measured,
-not derived: they were fitted once to the peak resident set (VmHWM) of training processes with
+the arena that activations and gradients touch (`lifetimes`, `arena`). The figures below are
+measured, not derived: fitted once to the peak resident set (VmHWM) of training processes with
 onnxruntime 1.32 on x86-64, Python 3.11; docs/explain/memory.md says how, and how well they hold.
 Pure.
 """
@@ -25,25 +25,37 @@ NODE_BYTES = 6_100
 FILE_SHARE = 1.1
 """The bundle is held whole; a little of it twice."""
 CONSTANT_SHARE = 1.5
-"""Constants of the training graph, stored and folded: parsed, unpacked, packed again."""
+"""Constants that the running graph reads, stored and folded, as they stay."""
+COPIES_LOADING = 4
+"""Of stored constants, while a session is made: cut out of the bundle, parsed, unpacked, packed."""
+SPARE_BYTES = 1_500_000
+"""Heap that start-up leaves free, which the first of those copies fill."""
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 """The batch sizes that a bundle's cost table tells of."""
 
 
 class Footprint(NamedTuple):
-    """Bytes that training adds to a process with numpy and onnxruntime imported."""
+    """Bytes that training adds to a process with numpy and onnxruntime imported.
+
+    Attributes:
+        fixed: whatever the bundle.
+        loaded: the bundle, the graph's nodes, folded constants.
+        weights: parameters and optimizer state.
+        loading: stored constants, while a session is made of them; gone when it runs.
+        running: the same constants as they stay, the batch, and what activations touch.
+    """
 
     fixed: int
     loaded: int
     weights: int
-    examples: int
-    activations: int
+    loading: int
+    running: int
 
     @property
     def total(self) -> int:
-        """Return the sum: what the process's peak grows by."""
-        return sum(self)
+        """Return what the process's peak grows by: loading comes before running."""
+        return self.fixed + self.loaded + self.weights + max(self.loading, self.running)
 
 
 class Held(NamedTuple):
@@ -65,14 +77,18 @@ class Held(NamedTuple):
 def footprint(train: Graph, held: Held, batch: int) -> Footprint:
     """Predict what training on `batch` rows a step adds at the peak."""
     plan = schedule(train, batch)
-    constants = round(CONSTANT_SHARE * plan.constants)
+    stored = sum(array.nbytes for array in train.initializers.values())
+    folded = max(0, plan.constants - stored)
     copies = 3 + held.is_proximal  # two sets, the round's start, perhaps the anchor
     return Footprint(
         fixed=FIXED_BYTES,
-        loaded=NODE_BYTES * len(train.nodes) + round(FILE_SHARE * held.members) + constants,
+        loaded=NODE_BYTES * len(train.nodes)
+        + round(FILE_SHARE * held.members + CONSTANT_SHARE * folded),
         weights=copies * held.params + 2 * held.slots,
-        examples=2 * batch * held.example,
-        activations=plan.resident(),
+        loading=max(0, COPIES_LOADING * stored - SPARE_BYTES),
+        running=round(CONSTANT_SHARE * min(stored, plan.constants))
+        + 2 * batch * held.example
+        + plan.resident(),
     )
 
 
