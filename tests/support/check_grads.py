@@ -179,7 +179,7 @@ def finite_differences(case: Case, upstream: Mapping[int, np.ndarray]) -> list[n
 
 
 def upstream_for(case: Case, seed: int = 7) -> dict[int, np.ndarray]:
-    """Return a random upstream gradient for each output that gets one."""
+    """Return a random upstream gradient, none of it small, for each output that gets one."""
     rng = np.random.default_rng(seed)
     e = Emit(opset=case.opset)
     _, outs = emit_forward(case, e, dynamic=False, dtype=np.float32)
@@ -187,7 +187,8 @@ def upstream_for(case: Case, seed: int = 7) -> dict[int, np.ndarray]:
     if None in shapes.values():  # a length that depends on values
         made = forward(case)(case.inputs)
         shapes = {i: made[i].shape for i in case.upstream}
-    return {i: rng.standard_normal(shape).astype(np.float32) for i, shape in shapes.items()}
+    drawn = {i: rng.standard_normal(shape) for i, shape in shapes.items()}
+    return {i: np.asarray(g + np.copysign(0.5, g), np.float32) for i, g in drawn.items()}
 
 
 def assert_close(got: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
