@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 EXAMPLES = """examples:
@@ -14,6 +15,8 @@ EXAMPLES = """examples:
   fedge bench step --model mine.onnx         your own
   fedge bench step --device                  memory of a device: the application and its training
   fedge bench memory                         memory to train, predicted and measured
+  fedge bench int8                           accuracy of int8 training next to float32
+  fedge bench int8 --model har --data har.npz
   fedge bench codec                          bytes and milliseconds of an update
   fedge bench aggregate                      updates folded per second"""
 Tables = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -40,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    kinds = parser.add_subparsers(required=True, metavar="step|memory|codec|aggregate")
+    kinds = parser.add_subparsers(required=True, metavar="step|memory|int8|codec|aggregate")
     step = _kind(kinds, "step", "one training step, next to torch in eager mode", _step)
     step.add_argument("--model", help="a recipe's name or an ONNX file (the four of MLPerf Tiny)")
     step.add_argument("--loss", help="of a model from a file (cross_entropy)")
@@ -54,6 +57,10 @@ def _parser() -> argparse.ArgumentParser:
     memory.add_argument("--batch", type=int, help="rows of a step (4, 16 and 32)")
     memory.add_argument("--train", help="which weights (all, last:1 and bias)")
     memory.add_argument("--threads", type=int, default=1, help="of the runtime (1)")
+    int8 = _kind(kinds, "int8", "accuracy of int8 training next to float32", _int8)
+    int8.add_argument("--model", default="digits", help="a recipe's name (digits)")
+    int8.add_argument("--data", type=Path, metavar="NPZ", help="x_train, y_train, x_test, y_test")
+    int8.add_argument("--seeds", type=int, default=3, help="runs that a row averages (3)")
     _kind(kinds, "codec", "encode and decode updates", _codec)
     _kind(kinds, "aggregate", "decode and fold updates", _aggregate)
     return parser
@@ -88,6 +95,12 @@ def _memory(args: argparse.Namespace) -> Tables:
     selections = [args.train] if args.train else memory.SELECTIONS
     settings = {"batches": batches, "selections": selections, "loss": args.loss}
     return {"memory": list(memory.measure(models, **settings, threads=args.threads))}
+
+
+def _int8(args: argparse.Namespace) -> Tables:
+    from coordinator.bench import int8
+
+    return int8.measure(args.model, args.data, seeds=args.seeds)
 
 
 def _codec(args: argparse.Namespace) -> Tables:

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What int8 costs in accuracy: models trained from random weights, float32 and int8, side by side.
+
+Every model of a row sees the same rows in the same order. "exported" is what plain onnxruntime says
+of the int8 file, "trained" what the training graph says of the same weights, "unrounded" what it
+says of the float32 model with the masters in it; "lost" is unrounded less exported, in points.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from coordinator.compiler import Optimizer, build, chain, export, momentum
+from coordinator.compiler.emit import Emit
+from coordinator.compiler.optim import Directions
+from coordinator.recipes import recipe
+from edge_sdk.bundle import Bundle
+from edge_sdk.errors import ConfigError
+from edge_sdk.requantize import along
+from edge_sdk.trainer import Trainer
+from edge_sdk.types import Array, Params
+
+CALIBRATION, BATCH, LR, DECAY = 80, 32, 0.05, 0.9
+STEPS = 1200
+"""Of a run, whatever the data."""
+
+NARROW = 0.25
+"""How much of the range they need activations get where the calibration is poor."""
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "fixed": {},
+    "headroom 8": {"headroom": 8.0},
+    "learned": {"ranges": "learned"},
+}
+"""What is done about ranges that training outgrows: arguments of `build`."""
+
+
+class Rows(NamedTuple):
+    """Labelled rows to train on and others to judge by: `x` float32, `y` int64 classes."""
+
+    x: NDArray[Any]
+    y: NDArray[Any]
+    test_x: NDArray[Any]
+    test_y: NDArray[Any]
+
+
+def measure(
+    model: str = "digits", data: Path | None = None, *, seeds: int = 3, steps: int = STEPS
+) -> dict[str, list[Mapping[str, Any]]]:
+    """Train a recipe's model in float32 and in int8; rows are means over seeds.
+
+    Args:
+        model: a recipe with `build(seed)`, or digits.
+        data: rows in the `--data` form (x_train, y_train, x_test, y_test); digits brings its own.
+        seeds: how many.
+        steps: of each run.
+
+    Returns: tables "int8" (ranges of activations) and "scaling" (units of the parameters).
+    Raises: ConfigError without data.
+    """
+    runs = [_of_seed(model, data, seed, steps) for seed in range(seeds)]
+    tables = {name: [run[name] for run in runs] for name in ("int8", "scaling")}
+    return {
+        name: [_mean(model, rows) for rows in zip(*found, strict=True)]
+        for name, found in tables.items()
+    }
+
+
+def _of_seed(model: str, data: Path | None, seed: int, steps: int) -> dict[str, list[Any]]:
+    net, rows = _task(model, data, seed)
+    plain = build(net, loss="cross_entropy", optimizer=momentum(DECAY, lr=LR))
+    trainer = _trained(plain, rows, steps, seed)
+    exact = _accuracy(export(plain, trainer.params()), rows)
+    start = {"calibration": "-", "ranges": "-"}
+    found = [start | _judged(plain, plain, trainer, rows) | {"float": exact}]
+    for calibration, share in (("good", 1.0), ("poor", NARROW)):
+        int8 = quantize(net, rows.x[:CALIBRATION], share)
+        for ranges, settings in SETTINGS.items():
+            bundle = _built(int8, **settings)
+            trainer = _trained(bundle, rows, steps, seed)
+            judged = _judged(bundle, plain, trainer, rows) | {"float": exact}
+            found.append({"calibration": calibration, "ranges": ranges, **judged})
+    return {"int8": found, "scaling": _scaling(net, rows, plain, steps, seed)}
+
+
+def _scaling(
+    net: onnx.ModelProto, rows: Rows, plain: Bundle, steps: int, seed: int
+) -> list[dict[str, Any]]:
+    """Train in units of the integers, with and without quantization-aware scaling."""
+    int8, optimizer = quantize(net, rows.x[:CALIBRATION]), momentum(DECAY, lr=LR)
+    levels = steps_of(_built(int8))
+    ways = {
+        "masters": optimizer,
+        "integers": chain(in_levels(levels, is_scaled=False), optimizer),
+        "integers, QAS": chain(in_levels(levels, is_scaled=True), optimizer),
+    }
+    found = []
+    for units, way in ways.items():
+        bundle = _built(int8, optimizer=way, headroom=8.0)
+        trainer = _trained(bundle, rows, steps, seed)
+        found.append({"units": units, **_judged(bundle, plain, trainer, rows)})
+    return found
+
+
+def in_levels(levels: Sequence[Array], *, is_scaled: bool) -> Optimizer:
+    """Take steps as a training that keeps integers instead of masters would take them.
+
+    It sees the gradient by the integer, ``s * g``, and moves the integer, so the weight by ``s``
+    times the step. Quantization-aware scaling (Lin et al. 2022, section 3.1) multiplies the
+    gradient by ``s**-2`` in between.
+    """
+
+    def emit(e: Emit, grads: list[str], slots: list[str]) -> Directions:
+        del slots
+        made = []
+        for g, s in zip(grads, levels, strict=True):
+            by_integer = e.Mul(g, e.const(s))
+            step = e.Mul(by_integer, e.const(s**-2)) if is_scaled else by_integer
+            made.append(e.Mul(step, e.const(s)))
+        return Directions(made, None, [])
+
+    return Optimizer([["levels", is_scaled]], None, lambda _: [], emit)
+
+
+def steps_of(bundle: Bundle) -> list[Array]:
+    """Return what one integer step of each parameter is worth, shaped to broadcast over it."""
+    data, found = bundle.member("ort/predict.onnx"), {}
+    for patch in bundle.manifest["patches"]:
+        if patch["param"] is not None and "scale_offset" in patch:
+            at, n = patch["scale_offset"], patch["scales"]
+            scale = np.frombuffer(data, "<f4", n, at).astype(np.float32)
+            axis = patch["axis"] if n > 1 and patch["kind"] == "quantized" else None
+            rank = len(bundle.manifest["params"][patch["param"]]["shape"])
+            found[patch["param"]] = scale if axis is None else along(scale, axis, rank)
+    return [found.get(i, np.ones(1, np.float32)) for i in range(len(bundle.shapes))]
+
+
+def quantize(model: onnx.ModelProto, x: NDArray[Any], share: float = 1.0) -> onnx.ModelProto:
+    """Return the int8 QDQ form, weights per channel, ranges of activations fitted to ``share * x``.
+
+    The range of the input itself is always that of `x`.
+    """
+    from onnxruntime import quantization as q
+
+    name = model.graph.input[0].name
+
+    class Reader(q.CalibrationDataReader):  # type: ignore[misc] # onnxruntime has no types
+        """Hand the calibration rows over, all at once."""
+
+        def __init__(self) -> None:
+            self._left: Iterator[dict[str, NDArray[Any]]] = iter([{name: np.float32(share) * x}])
+
+        def get_next(self) -> dict[str, NDArray[Any]] | None:
+            return next(self._left, None)
+
+    ends = {"rmin": np.float32(min(x.min(), 0)), "rmax": np.float32(max(x.max(), 0))}
+    ready = onnx.ModelProto.FromString(model.SerializeToString())
+    onnx.helper.set_model_props(ready, {"onnx.quant.pre_process": "onnxruntime.quant"})
+    with tempfile.TemporaryDirectory() as folder:
+        source, made = Path(folder, "float.onnx"), Path(folder, "int8.onnx")
+        onnx.save(ready, source)
+        q.quantize_static(
+            source,
+            made,
+            Reader(),
+            quant_format=q.QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=q.QuantType.QInt8,
+            weight_type=q.QuantType.QInt8,
+            extra_options={"TensorQuantOverrides": {name: [ends]}},
+        )
+        return onnx.load_model(made)
+
+
+def _built(model: onnx.ModelProto, **settings: Any) -> Bundle:
+    chosen = {"optimizer": momentum(DECAY, lr=LR), **settings}
+    return build(model, loss="cross_entropy", **chosen)
+
+
+def _trained(bundle: Bundle, rows: Rows, steps: int, seed: int) -> Trainer:
+    trainer = Trainer(bundle, seed=seed)
+    trainer.fit(rows.x, rows.y, epochs=None, steps=steps, batch=BATCH)
+    return trainer
+
+
+def _judged(bundle: Bundle, plain: Bundle, trainer: Trainer, rows: Rows) -> dict[str, float]:
+    params = trainer.params()
+    masters: Params = {name: params[name] for name in plain.shapes}
+    told = trainer.evaluate(rows.test_x, rows.test_y)
+    return {
+        "loss": trainer.evaluate(rows.x, rows.y)["loss"],
+        "unrounded": _accuracy(export(plain, masters), rows),
+        "trained": told["accuracy"],
+        "exported": _accuracy(export(bundle, params), rows),
+    }
+
+
+def _accuracy(model: bytes, rows: Rows) -> float:
+    """Return the share of the test rows that plain onnxruntime gets right."""
+    import onnxruntime as ort
+
+    session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {session.get_inputs()[0].name: rows.test_x})
+    return float(np.mean(np.argmax(logits, axis=1) == rows.test_y))
+
+
+def _task(model: str, data: Path | None, seed: int) -> tuple[onnx.ModelProto, Rows]:
+    made = recipe(model)
+    if model == "digits" and data is None:
+        parts = made.split(seed)
+        return made.network(seed), Rows(*parts.devices, *parts.test)
+    if data is None:
+        raise ConfigError(
+            f"expected --data with rows for {model}: x_train, y_train, x_test, y_test"
+        )
+    with np.load(data, allow_pickle=False) as held:
+        rows = Rows(*(held[name] for name in ("x_train", "y_train", "x_test", "y_test")))
+    return (made.network if model == "digits" else made.build)(seed), rows
+
+
+def _mean(model: str, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Average over the seeds; say what rounding cost, in points, on average and at worst."""
+    first = rows[0]
+    lost = [100 * (row["unrounded"] - row["exported"]) for row in rows]
+    means = {
+        k: float(np.mean([r[k] for r in rows])) if isinstance(v, float) else v
+        for k, v in first.items()
+    }
+    return {"model": model, **means, "lost": float(np.mean(lost)), "lost_at_worst": max(lost)}
