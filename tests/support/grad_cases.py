@@ -409,7 +409,34 @@ RESAMPLE = [
     Case("Trilu", (normal(2, 3, 3), np.array(-1)), {"upper": 0}, (0,), (1,), (0,)),
 ]
 
+
+def _learned_step(dtype: Any, step: float, zero: int) -> Case:
+    """Differentiate by the step, too, with the rounding held where it is (Esser et al. 2020)."""
+    info = np.iinfo(dtype)
+    x = (normal(4, 3) * 150 * step).astype(F)
+    rest = np.rint(x.astype(float) / step) - x.astype(float) / step
+
+    def build(e: Any, x: str, s: str) -> str:
+        at = e.const(zero, dtype)
+        return e.DequantizeLinear(e.QuantizeLinear(x, s, at), s, at)
+
+    def meaning(x: np.ndarray, s: np.ndarray) -> np.ndarray:
+        return s * np.clip(x / s + rest, info.min - zero, info.max - zero)
+
+    return Case(
+        "QuantizeLinear",
+        (x, np.array(step, F)),
+        {"dtype": str(np.dtype(dtype))},
+        wrt=(0, 1),
+        build=build,
+        meaning=meaning,
+        covers=(("DequantizeLinear", 0), ("DequantizeLinear", 1)),
+    )
+
+
 QUANTIZE = [
+    _learned_step(np.int8, 0.125, 3),
+    _learned_step(np.uint8, 0.03125, 128),
     _quantized(np.int8, np.array(0.1, F), np.array(3, np.int8), 1),
     _quantized(np.uint8, np.array(0.02, F), np.array(128, np.uint8), 1),
     _quantized(np.uint8, np.array(0.1, F), None, 1),
