@@ -249,6 +249,9 @@ class _Connections:
             await self._serve(reader, writer, listener_name=listener_name)
         except (OSError, asyncio.CancelledError) as error:
             log.debug("a connection of amqtt ended: %r", error)
+        except RuntimeError as error:
+            # amqtt walks its subscriptions while others subscribe; the client connects again.
+            log.info("amqtt dropped a connection: %s", error)
         finally:
             writer.close()
             with contextlib.suppress(OSError, asyncio.CancelledError):
