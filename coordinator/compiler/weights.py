@@ -24,6 +24,7 @@ LAYERS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "BatchNormalization": ((1,), (2,)),
     "Conv": ((1,), (2,)),
     "ConvTranspose": ((1,), (2,)),
+    "Einsum": ((0, 1), ()),
     "GRU": ((1, 2), (3,)),
     "Gather": ((0,), ()),
     "Gemm": ((0, 1), (2,)),
