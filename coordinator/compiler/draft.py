@@ -16,7 +16,7 @@ from coordinator.compiler.choose import select
 from coordinator.compiler.explain import cost
 from coordinator.compiler.graph import Graph, Value
 from coordinator.compiler.losses import Loss
-from coordinator.compiler.memory import RUNTIME_BYTES, Held, by_batch
+from coordinator.compiler.memory import RUNTIME_BYTES, Held, by_batch, unsized
 from coordinator.compiler.optim import Optimizer, Slot
 from coordinator.compiler.passes import drop_unused
 from coordinator.compiler.predict import predict_model
@@ -139,7 +139,9 @@ def _ram(
         is_proximal=task.is_proximal,
     )
     told = by_batch(step, held, task.batch or MOST_ROWS)
-    return {"ram_train": told, "ram_peak": RUNTIME_BYTES + told[str(MOST_ROWS)]}
+    lacking = unsized(step)
+    table = {"ram_train": told, "ram_peak": RUNTIME_BYTES + told[str(MOST_ROWS)]}
+    return table | ({"unsized": lacking} if lacking else {})
 
 
 def _row_bytes(value: Value) -> int:

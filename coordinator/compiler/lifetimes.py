@@ -40,6 +40,7 @@ _NEVER_FOLDED = frozenset(
     {"DequantizeLinear", "RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike"}
 )
 _PACKED = "/blocks"
+_SCRATCH = "/columns"
 _STEERS = (
     64  # elements: larger constants never steer shape inference, and need not be copied for it
 )
@@ -160,7 +161,7 @@ def _integer(nodes: list[Node], graph: Graph) -> list[Node]:
             after = closed.get(after.outputs[0]) if after.kind != "QuantizeLinear" else None
         if chain[-1].kind == "QuantizeLinear":
             inputs = tuple(opened[name].inputs[0] for name in data)
-            late.append(Node(f"Q{node.op}", inputs, chain[-1].outputs))
+            late.append(replace(node, op=f"Q{node.op}", inputs=inputs, outputs=chain[-1].outputs))
             gone.update(map(id, chain))
     return _without_unread([n for n in nodes if id(n) not in gone] + late, opened.keys(), graph)
 
@@ -270,6 +271,10 @@ def _events(nodes: list[Node], free: Graph, sized: Graph, constant: set[str]) ->
                 yield Event(name, _bytes(sized, name))
             elif over not in outside:
                 left[over] += left[name]
+        scratch = _columns(node, sized)
+        if scratch:
+            yield Event(_SCRATCH, scratch)
+            yield Event(_SCRATCH, -1)
         yield from (Event(name, -1) for name in taken if not left[name])
         for name in node.inputs:
             home = place.get(name, name)
@@ -298,6 +303,17 @@ def _home(
         if fits and home not in outside and left[home] == 1 and not _is_open(free, name):
             return home
     return None
+
+
+def _columns(node: Node, graph: Graph) -> int:
+    """Return the scratch of an integer convolution: the columns of the whole batch, a byte each."""
+    if node.kind != "QConv" or node.attr("group", 1) != 1:
+        return 0
+    kernel = [d or 0 for d in graph.shape(node.inputs[1]) or ()]
+    out = [d or 0 for d in graph.shape(node.outputs[0]) or ()]
+    if math.prod(kernel[2:]) == 1 or not out:
+        return 0
+    return math.prod(kernel[1:]) * out[0] * math.prod(out[2:])
 
 
 def _is_open(graph: Graph, name: str) -> bool:

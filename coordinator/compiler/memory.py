@@ -96,3 +96,8 @@ def by_batch(train: Graph, held: Held, batch: int) -> dict[str, int]:
     """Return the totals for `BATCHES` and `batch`, keyed by the number of rows as text."""
     sizes = sorted({*BATCHES, batch})
     return {str(n): footprint(train, held, n).total for n in sizes}
+
+
+def unsized(train: Graph) -> int:
+    """Return how many tensors have a size that nobody can tell before running: they count as 0."""
+    return len(schedule(train, 1).unknown)

@@ -10,7 +10,7 @@ from coordinator.compiler.arena import PAGE_BYTES, Arena
 from coordinator.compiler.emit import Emit
 from coordinator.compiler.graph import Graph, Shape
 from coordinator.compiler.lifetimes import BLOCK, Event, at_batch, schedule
-from coordinator.compiler.memory import BATCHES, Footprint, Held, footprint
+from coordinator.compiler.memory import BATCHES, Footprint, Held, footprint, unsized
 from edge_sdk.bundle import Bundle
 
 ROW = 1024 * 4  # bytes of a row of 1024 floats
@@ -107,12 +107,24 @@ def test_an_operator_between_integers_makes_no_floats() -> None:
     assert taken(plan.events) == [2 * 16 * 64, 2 * 16 * 64 * 4]
 
 
+def test_an_integer_conv_lays_out_the_columns_of_the_whole_batch() -> None:
+    e = Emit()
+    e.input("x", np.int8, (None, 16, 8, 8))
+    scale, zero = e.const(0.1), e.const(0, np.int8)
+    w = e.DequantizeLinear(e.const(np.ones((4, 16, 3, 3)), np.int8), scale, zero)
+    h = e.Conv(e.DequantizeLinear("x", scale, zero), w, pads=[1, 1, 1, 1])
+    y = e.DequantizeLinear(e.QuantizeLinear(h, scale, zero), scale, zero)
+    plan = schedule(e.graph(outputs=[e.ReduceSum(y, keepdims=0)]), 2)
+    assert taken(plan.events) == [2 * 4 * 64, 2 * 16 * 9 * 64, 2 * 4 * 64 * 4]
+
+
 def test_a_size_that_nobody_can_tell_is_named() -> None:
     e = Emit()
     e.input("x", np.float32, (None, 4))
     found = e.NonZero("x")
-    plan = schedule(e.graph(outputs=[e.Abs(found)]), 2)
-    assert found in plan.unknown
+    graph = e.graph(outputs=[e.Abs(found)])
+    assert found in schedule(graph, 2).unknown
+    assert unsized(graph) == 2
 
 
 def test_large_constants_come_back_from_sizing() -> None:
