@@ -9,11 +9,11 @@ import numpy as np
 import onnx
 import pytest
 from check_grads import Case, assert_close, emit_forward, session
-from forward_models import Net, Steps, blobs, predict
+from forward_models import Net, Steps, along, blobs, evaluate, predict
 from grad_cases_rewritten import REWRITTEN
 from onnx import helper
 
-from coordinator.compiler import build, momentum
+from coordinator.compiler import build, momentum, sgd
 from coordinator.compiler.emit import Emit
 from coordinator.compiler.graph import Graph, Node, Value
 from coordinator.compiler.rewrite import REWRITES, rewritten
@@ -135,3 +135,29 @@ def test_a_group_normalized_network_learns() -> None:
     losses = [run.step(x, y) for _ in range(40)]
     assert losses[-1] < 0.5 * losses[0]
     assert predict(bundle.member("ort/predict.onnx"), x).shape == (64, 3)
+
+
+def test_an_einsum_with_a_stored_operand_learns() -> None:
+    x, y = blobs((4, 6), 3)
+    net = Net(("N", 4, 6))
+    net.add("Einsum", net.weight("mix", 6, 4, 5), equation="bij,jik->bk")
+    bundle = build(net.add("Tanh").dense("head", 5, 3).model(), loss="cross_entropy")
+    assert list(bundle.shapes) == ["mix", "head.weight", "head.bias"]
+    run = Steps(bundle)
+    losses = [run.step(x, y) for _ in range(40)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("op", "way"), [("LSTM", "bidirectional"), ("GRU", "reverse"), ("RNN", "forward")]
+)
+def test_a_recurrent_network_descends_as_its_finite_difference_says(op: str, way: str) -> None:
+    x, y = blobs((5, 3), 3, n=16)
+    bundle = build(recurrent(op, way=way).model(), loss="cross_entropy", optimizer=sgd(lr=1.0))
+    gradient = Steps(bundle).gradient(x, y)
+
+    def measure(params: dict[str, np.ndarray]) -> float:
+        return float(evaluate(bundle, x, y, params)["loss"])
+
+    seen, told = along(measure, bundle.params(), gradient, step=2e-4)
+    assert seen == pytest.approx(told, rel=1e-3)
