@@ -16,7 +16,12 @@ import numpy as np
 import coordinator.compiler.rewrites
 import coordinator.compiler.rules  # noqa: F401  both fill their tables
 from coordinator.compiler.channels import turn
-from coordinator.compiler.dequant import drop_requantize, quantize_late, quantized_master
+from coordinator.compiler.dequant import (
+    drop_requantize,
+    quantize_late,
+    quantized_master,
+    unsigned,
+)
 from coordinator.compiler.emit import Emit
 from coordinator.compiler.graph import Graph, Value
 from coordinator.compiler.losses import Loss
@@ -77,7 +82,7 @@ def open_weights(graph: Graph, weights: Sequence[Weight], logits: str) -> Open:
     spelled = rewritten(ready, leaves)
     ready = ready if spelled is ready else simplify(spelled)
     ready = quantize_late(drop_unused(drop_requantize(ready, leaves)), leaves)
-    ready = replace(ready, outputs=ready.outputs[:1]).inferred()
+    ready = replace(unsigned(ready), outputs=ready.outputs[:1]).inferred()
     ranges = {leaf for leaf, w in zip(leaves, weights, strict=True) if w.role == ROLE}
     params = tuple((w.name, w.value.shape) for w in weights)
     return Open(ready, logits, tuple(leaves), params, frozenset(ranges))
