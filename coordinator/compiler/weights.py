@@ -2,9 +2,9 @@
 """What a model can learn: its weights and biases by name, grouped into layers in topological order.
 
 A weight is a stored tensor that reaches a layer's weight or bias input, directly, through reshapes,
-or through DequantizeLinear. The last of these keeps its integers in the model; here it is seen as
-the float32 values they stand for. Elementwise constants (``x * gamma + beta``) count only after a
-first layer: before it they normalize the input.
+cut and joined (an LSTM's gates), or through DequantizeLinear. The last of these keeps its integers
+in the model; here it is seen as the float32 values they stand for. Elementwise constants
+(``x * gamma + beta``) count only after a first layer: before it they normalize the input.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ LAYERS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
 
 _ELEMENTWISE = {"Add": "bias", "Sub": "bias", "Mul": "weight", "Div": "weight"}
 _THROUGH = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
+_JOINTS = frozenset({"Concat", "Slice", "Unsqueeze"})
 _TRAINABLE = (np.dtype(np.int8), np.dtype(np.uint8), np.dtype(np.int32))
 
 
@@ -119,13 +120,24 @@ def _stored_inputs(graph: Graph, node: Node, after_a_layer: bool) -> Iterator[tu
         roles = ["weight"] * len(weights) + ["bias"] * len(biases)
         at = [*weights, *biases]
     for role, index in zip(roles, at, strict=True):
-        source = _source(graph, node.input(index))
-        if source is not None and not (node.kind in _ELEMENTWISE and _is_scalar(graph, source)):
-            yield role, source
+        for source in _sources(graph, node.input(index)):
+            if not (node.kind in _ELEMENTWISE and _is_scalar(graph, source)):
+                yield role, source
 
 
 def _is_scalar(graph: Graph, name: str) -> bool:
     return graph.initializers[name].size == 1
+
+
+def _sources(graph: Graph, name: str) -> list[str]:
+    """Return what a weight is stored as: one tensor, or parts that are cut and joined."""
+    node = graph.producers.get(name)
+    if node is None or node.kind not in _JOINTS:
+        source = _source(graph, name)
+        return [] if source is None else [source]
+    parts = node.inputs if node.kind == "Concat" else node.inputs[:1]
+    found = [_sources(graph, part) for part in parts]
+    return list(dict.fromkeys(source for part in found for source in part)) if all(found) else []
 
 
 def _source(graph: Graph, name: str) -> str | None:

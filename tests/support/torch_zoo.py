@@ -165,15 +165,17 @@ class Transformer(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """A recurrent layer over a series, classified by its last state."""
+    """A recurrent layer over a series, classified by its last state or the mean of both ways."""
 
     def __init__(self, kind: type[nn.Module], **options: Any) -> None:
         super().__init__()
         self.rnn = kind(SERIES[1], 12, batch_first=True, **options)
-        self.head = nn.Linear(24 if options.get("bidirectional") else 12, CLASSES)
+        self.is_both = bool(options.get("bidirectional"))
+        self.head = nn.Linear(24 if self.is_both else 12, CLASSES)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.rnn(x)[0][:, -1])
+        states = self.rnn(x)[0]
+        return self.head(states.mean(1) if self.is_both else states[:, -1])
 
 
 class Model(NamedTuple):
@@ -222,12 +224,29 @@ def network(model: Model) -> nn.Module:
     return made.eval()
 
 
+def taught(made: nn.Module, x: Tensor, y: Tensor, steps: int = 30) -> nn.Module:
+    """Train a network a little, in torch, so that its activations have the ranges of a real one."""
+    rows, labels = torch.tensor(x), torch.tensor(y)
+    optimizer = torch.optim.Adam(made.parameters(), lr=3e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(made(rows), labels).backward()
+        optimizer.step()
+    return made
+
+
 def exported(
-    made: nn.Module, x: Tensor, *, new: bool, batch: int | None = None, opset: int | None = None
+    made: nn.Module,
+    x: Tensor,
+    *,
+    new: bool = False,
+    batch: int | None = None,
+    opset: int | None = None,
+    **more: Any,
 ) -> onnx.ModelProto:
     """Export as torch's users do, by the new exporter or the old; `batch` None is dynamic."""
     example = torch.tensor(x[: 2 if batch is None else batch])
-    options: dict[str, Any] = {"opset_version": opset, "dynamo": new}
+    options: dict[str, Any] = {"opset_version": opset, "dynamo": new, **more}
     if batch is None and new:
         options["dynamic_shapes"] = ({0: torch.export.Dim("batch")},)
     elif batch is None:
@@ -241,6 +260,12 @@ def exported(
         names = {"input_names": ["x"], "output_names": ["y"]}
         torch.onnx.export(made, (example,), file, **names, **options)
         return onnx.load_from_string(file.getvalue())
+
+
+def unfolded(made: nn.Module, x: Tensor) -> onnx.ModelProto:
+    """Export each parameter as torch has it: by its name, BatchNorm not folded into Conv."""
+    keep = torch.onnx.TrainingMode.PRESERVE
+    return exported(made, x, training=keep, do_constant_folding=False)
 
 
 @contextmanager
