@@ -26,6 +26,7 @@ def build_main(argv: Sequence[str]) -> int:
         optimizer=_optimizer(args),
         proximal=args.proximal,
         headroom=args.headroom,
+        ranges=args.ranges,
         name=args.name,
         max_ram=args.max_ram,
         max_bytes_per_update=args.max_bytes_per_update,
@@ -85,6 +86,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-bytes-per-update", metavar="SIZE", help="what a round may send, such as 8KiB")
     add("--max-flops", type=float, metavar="N", help="operations to train on one example")
     add("--batch", type=int, metavar="N", help="rows of a step that must fit in --max-ram")
+    add(
+        "--ranges",
+        choices=["fixed", "learned"],
+        default="fixed",
+        help="train the ranges of an int8 model's activations, too (default fixed)",
+    )
     add("--name", help="of the bundle (default: the file's)")
     add("--json", action="store_true", help="print path, digest and size for machines")
     return parser
