@@ -72,6 +72,58 @@ def test_a_trained_bias_keeps_the_original_scale_of_an_untrained_weight() -> Non
     assert not np.array_equal(read(model, bias, 5, "<i4"), read(original(bundle), bias, 5, "<i4"))
 
 
+def with_input_range(**bias: object) -> Bundle:
+    """The hand-made int8 model, its input's step a parameter that the first bias follows."""
+    bundle = mlp(quantized=True)
+    manifest = {k: v for k, v in bundle.manifest.items() if k != "members"}
+    members = {k: bundle.member(k) for k in bundle.manifest["members"]}
+    at = original(bundle).find(np.float32(INPUT_SCALE).tobytes())
+    n, patches = len(bundle.shapes), list(manifest["patches"])
+    patches[1] = {**patches[1], "input": n, **bias}
+    patches.append({"param": n, "kind": "range", "offset": at})
+    changed = {
+        "params": [*manifest["params"], {"name": "x.range", "shape": []}],
+        "patches": patches,
+    }
+    members["params.bin"] += np.float32(0).tobytes()
+    return pack({**manifest, **changed}, members)
+
+
+def test_a_learned_range_rescales_its_step_and_the_bias_that_follows_it() -> None:
+    bundle = with_input_range()
+    assert requantize(bundle, bundle.params()) == original(bundle)
+    params = bundle.params()
+    params["x.range"] = np.full((), 0.375, np.float32)  # times four: one octave and a half
+    model = requantize(bundle, params)
+    bias, step = bundle.manifest["patches"][1], bundle.manifest["patches"][-1]
+    assert read(model, step, 1, "<f4")[0] == np.float32(INPUT_SCALE) * 2 * np.float32(1.5)
+    before, after = (
+        read(data, bias, 5, "<f4", "scale_offset") for data in (original(bundle), model)
+    )
+    np.testing.assert_allclose(after, 3 * before, rtol=1e-6)
+    np.testing.assert_array_equal(
+        read(model, bias, 5, "<i4"), np.rint(params["b1"].astype(np.float64) / after)
+    )
+    assert sum(a != b for a, b in zip(model, original(bundle), strict=True)) <= 4 + 2 * 20
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.floats(width=32, allow_nan=False, allow_infinity=False),
+    st.floats(2.0**-100, 2.0**100, width=32),
+)
+def test_a_step_stays_a_positive_number_within_its_bounds(value: float, start: float) -> None:
+    start32 = np.float32(start)
+    step = rules.step_of(np.asarray(value, np.float32), start32)
+    assert np.float32(2.0**-16) * start32 <= step <= np.float32(2.0**16) * start32
+
+
+@pytest.mark.parametrize("wrong", [0, 1, 9_999])
+def test_a_bias_follows_nothing_but_a_range(wrong: int) -> None:
+    with pytest.raises(BundleError, match="a parameter that is a range"):
+        with_input_range(input=wrong)
+
+
 def test_a_frozen_bias_follows_the_new_scale_of_its_weight() -> None:
     bundle = mlp(quantized=True)
     manifest = {k: v for k, v in bundle.manifest.items() if k != "members"}
