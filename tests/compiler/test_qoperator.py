@@ -13,6 +13,7 @@ import onnxruntime as ort
 import pytest
 from forward_models import Net, Steps, blobs, cnn, mlp, quantized, session
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization import QuantType
 
 from coordinator.compiler import build, export, momentum
 from coordinator.compiler.load import load
@@ -92,7 +93,7 @@ def test_dynamic_quantization_becomes_a_product_of_dequantized_factors(
 
 
 def test_dynamically_quantized_convolutions_are_rewritten(tmp_path: Path) -> None:
-    model = dynamic(cnn(opset=17), tmp_path)
+    model = dynamic(cnn(opset=17), tmp_path, weight_type=QuantType.QUInt8)
     assert "ConvInteger" in {node.op_type for node in model.graph.node}
     plain = load(model)
     np.testing.assert_allclose(run(plain, X), run(model, X), atol=2e-2)

@@ -414,6 +414,8 @@ def _learned_step(dtype: Any, step: float, zero: int) -> Case:
     """Differentiate by the step, too, with the rounding held where it is (Esser et al. 2020)."""
     info = np.iinfo(dtype)
     x = (normal(4, 3) * 150 * step).astype(F)
+    whole = np.rint(x / step) + zero
+    x = np.where((whole == info.min) | (whole == info.max), F(step), x)  # no kink near
     rest = np.rint(x.astype(float) / step) - x.astype(float) / step
 
     def build(e: Any, x: str, s: str) -> str:

@@ -158,9 +158,6 @@ NORMS = [
     _p_pool(2, 3, 6, 6, kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 0, 0], p=3),
     _p_pool(2, 2, 7, kernel_shape=[2], dilations=[2], p=2),
     _p_pool(2, 2, 7, kernel_shape=[3], strides=[2], auto_pad="SAME_UPPER"),
-    Case("LpNormalization", (nonzero(3, 4),), {"p": 1}, batch=(0,), evaluator="ort", eps=0.01),
-    Case("LpNormalization", (nonzero(3, 4),), {}, batch=(0,)),
-    Case("LpNormalization", (nonzero(2, 3, 4),), {"axis": 1}, batch=(0,)),
     *[
         Case("LRN", (normal(*shape),), setting, batch=(0,), evaluator="ort", eps=0.01)
         for shape, setting in (
@@ -223,6 +220,7 @@ RESIZE = [
     _resize(np.array([1, 1, 1.5], F), shape=(2, 3, 5), mode="linear"),
     _resize(np.array([1, 2], F), shape=(2, 3), mode="nearest", nearest_mode="round_prefer_ceil"),
 ]
+
 
 def _dynamically(*shape: int) -> Case:
     """Quantize dynamically and dequantize: to be differentiated as the identity."""

@@ -29,6 +29,9 @@ NORMALIZED = [
         )
         for groups, space, extra in ((2, (3,), {}), (4, (2, 3), {"epsilon": 0.1}))
     ],
+    _ort("LpNormalization", (positive(3, 4) * np.array([1, -1, 1, -1], F),), {"p": 1}),
+    _ort("LpNormalization", (normal(3, 4),), {}),
+    _ort("LpNormalization", (normal(2, 3, 4),), {"axis": 1}),
     *[
         _ort("GlobalLpPool", ((positive(2, 3, 4) * sign).astype(F),), {"p": p})
         for p, sign in ((1, -1), (2, 1), (3, 1))
@@ -68,12 +71,12 @@ def _recurrent(
 
 RECURRENT = [
     _recurrent("RNN"),
-    _recurrent("RNN", tail="bh", direction="reverse", outputs=(0, 1), activations=["Softsign"]),
+    _recurrent("RNN", tail="bh", direction="reverse", outputs=(0, 1), activations=["Sigmoid"]),
     _recurrent("RNN", tail="bh", dirs=2, direction="bidirectional", outputs=(0, 1)),
     _recurrent("GRU"),
     _recurrent("GRU", tail="b", direction="reverse", linear_before_reset=1, outputs=(0, 1)),
     _recurrent("GRU", tail="bh", dirs=2, direction="bidirectional", outputs=(0, 1)),
-    _recurrent("GRU", tail="bh", linear_before_reset=1, activations=["Sigmoid", "Softsign"]),
+    _recurrent("GRU", tail="bh", linear_before_reset=1, activations=["Sigmoid", "Sigmoid"]),
     _recurrent("LSTM"),
     _recurrent("LSTM", tail="b", direction="reverse", outputs=(0, 1, 2)),
     _recurrent("LSTM", tail="bhc", dirs=2, direction="bidirectional", outputs=(0, 1, 2)),
@@ -83,15 +86,22 @@ RECURRENT = [
 ]
 
 
-def _spots(*shape: int, reach: float = 1.4) -> np.ndarray:
-    """Return coordinates, some of them beyond the image."""
-    return RNG.uniform(-reach, reach, shape).astype(F)
+def _spots(size: tuple[int, ...], *shape: int, aligned: bool) -> np.ndarray:
+    """Return coordinates, some beyond the image, none near a place where the slope changes."""
+    axes = []
+    for n in reversed(size):
+        off = RNG.uniform(0.15, 0.4, shape) + 0.45 * RNG.integers(0, 2, shape)
+        pixel = RNG.integers(-2, n + 1, shape) + off
+        axes.append(2 * pixel / (n - 1) - 1 if aligned else (2 * pixel + 1) / n - 1)
+    return np.stack(axes, -1).astype(F)
 
 
 def _sampled(x: tuple[int, ...], grid: tuple[int, ...], wrt: tuple[int, ...] = (0, 1),
              **attributes: Any) -> Case:  # fmt: skip
+    aligned = bool(attributes.get("align_corners"))
+    spots = _spots(x[2:], *grid[:-1], aligned=aligned)
     return _ort(
-        "GridSample", (normal(*x), _spots(*grid)), attributes, wrt=wrt, batch=(0, 1), eps=0.002,
+        "GridSample", (normal(*x), spots), attributes, wrt=wrt, batch=(0, 1), eps=0.002,
         tolerance=6e-3, opset=20,
     )  # fmt: skip
 

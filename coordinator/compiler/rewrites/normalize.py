@@ -11,6 +11,7 @@ from coordinator.compiler.emit import Emit
 from coordinator.compiler.graph import Node
 from coordinator.compiler.rewrite import rewrite
 
+_TINY = 1e-19  # a norm of zero: its square is the least float32
 _SOFT = 1e-9
 """What MeanVarianceNormalization adds to the standard deviation."""
 
@@ -41,6 +42,13 @@ def _group(e: Emit, n: Node) -> tuple[str, ...]:
 def _by_channel(e: Emit, vector: str, rank: int) -> str:
     """Turn a value for each channel into one that broadcasts over [N, C, ...]."""
     return e.Reshape(vector, e.ints(-1, *[1] * (rank - 2)))
+
+
+@rewrite("LpNormalization")
+def _lp_normalization(e: Emit, n: Node) -> tuple[str, ...]:
+    x, axis = n.inputs[0], e.ints(n.attr("axis", -1))
+    norm = (e.ReduceL1 if n.attr("p", 2) == 1 else e.ReduceL2)(x, axis, keepdims=1)
+    return (e.Div(x, e.Max(norm, e.const(_TINY))),)
 
 
 @rewrite("GlobalLpPool")

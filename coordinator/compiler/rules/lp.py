@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""p-norms over windows, over space and over an axis, and local response normalization."""
+"""p-norms over windows, and local response normalization."""
 
 from __future__ import annotations
 
@@ -41,18 +41,6 @@ def _odd_power(e: Emit, x: str, p: int) -> str:
     if p == 1:
         return e.Sign(x)
     return x if p == 2 else e.Mul(e.Sign(x), _power(e, e.Abs(x), p - 1))
-
-
-@vjp("LpNormalization")
-def _lp_normalization(e: Emit, n: Node, g: str) -> Grads:
-    """Take y = x / |x|: the slope is (g - d|x| * sum(g y)) / |x|, d|x| being sign(x) or y."""
-    x, y, axis = n.inputs[0], n.outputs[0], e.ints(n.attr("axis", -1))
-    if n.attr("p", 2) == 1:
-        norm, slope = e.ReduceL1(x, axis, keepdims=1), e.Sign(x)
-    else:
-        norm, slope = e.ReduceL2(x, axis, keepdims=1), y
-    along = e.Mul(slope, e.ReduceSum(e.Mul(g, y), axis, keepdims=1))
-    return (e.Div(e.Sub(g, along), e.Max(norm, e.const(_TINY))),)
 
 
 @vjp("LRN")
