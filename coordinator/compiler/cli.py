@@ -6,16 +6,26 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
 
 from coordinator.compiler.losses import LOSSES
 from coordinator.compiler.optim import Optimizer, adam, chain, clip, momentum, sgd
+from edge_sdk.errors import CompileError
 
 _EXAMPLE = "example: fedge build digits.onnx -o digits.fedge --loss cross_entropy --train last:2"
 
 
 def build_main(argv: Sequence[str]) -> int:
     """Run `fedge build` and return its exit code."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        optimizer = _optimizer(args)
+    except CompileError as error:
+        parser.error(str(error))
+    if not Path(args.output).parent.is_dir() or Path(args.output).is_dir():
+        parser.error(f"expected a file in a folder that exists, got -o {args.output}: make it")
     from coordinator.compiler.pipeline import build
 
     train = args.train[0] if args.train and len(args.train) == 1 else args.train
@@ -23,7 +33,7 @@ def build_main(argv: Sequence[str]) -> int:
         args.model,
         loss=args.loss,
         train=train,
-        optimizer=_optimizer(args),
+        optimizer=optimizer,
         proximal=args.proximal,
         headroom=args.headroom,
         ranges=args.ranges,
@@ -48,11 +58,18 @@ def _optimizer(args: argparse.Namespace) -> Optimizer:
         "momentum": lambda: momentum(args.decay, args.lr, nesterov=args.nesterov),
         "adam": lambda: adam(args.lr),
     }[args.optimizer]()
-    return chain(clip(args.clip), made) if args.clip else made
+    return chain(clip(args.clip), made) if args.clip is not None else made
+
+
+class _Parser(argparse.ArgumentParser):
+    """Ends a wrong command line as every other failure ends: in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="fedge build",
         description="Compile a float32 or QDQ int8 ONNX model into a bundle that trains on "
         "stock onnxruntime.",

@@ -18,6 +18,7 @@ from onnx import numpy_helper, version_converter
 
 from coordinator.compiler.graph import IR_VERSION, OPSET_CEILING
 from coordinator.compiler.qoperator import to_qdq
+from coordinator.compiler.refuse import refuse_domains, refuse_operators
 from coordinator.compiler.unroll import unrolled
 from edge_sdk.errors import CompileError
 
@@ -34,12 +35,14 @@ def load(model: str | Path | bytes | onnx.ModelProto) -> onnx.ModelProto:
     """
     proto = onnx.ModelProto()
     proto.CopyFrom(model if isinstance(model, onnx.ModelProto) else _parse(model))
-    _refuse(proto)
     if proto.functions:
         proto = onnx.inliner.inline_local_functions(proto)
+    refuse_domains(proto)
+    _refuse(proto)
     proto = _lowered(unrolled(_without_newest(proto)))
     _constants_to_initializers(proto.graph)
     proto = to_qdq(proto)
+    refuse_operators(proto)
     _store_raw(proto.graph)
     _quantize_stored(proto.graph)
     _drop_initializer_inputs(proto.graph)
@@ -67,20 +70,30 @@ def opset_of(proto: onnx.ModelProto) -> int:
 
 
 def _parse(model: str | Path | bytes) -> onnx.ModelProto:
+    name = "these bytes"
     if not isinstance(model, bytes):
         path = Path(model)
+        name = path.name
         if path.suffix == ".tflite":
-            raise CompileError(f"expected an ONNX model, got {path.name}: .tflite is not read yet")
+            raise CompileError(
+                f"expected an ONNX model, got {name}: .tflite is not read yet, export to ONNX"
+            )
         try:
             model = path.read_bytes()
         except OSError as error:
-            raise CompileError(f"expected a model at {path}: {error.strerror}") from error
+            raise CompileError(
+                f"expected a model at {path}: {error.strerror}; correct the path"
+            ) from error
     try:
         proto = onnx.ModelProto.FromString(model)
     except Exception as error:  # protobuf's DecodeError, from a package without types
-        raise CompileError("expected an ONNX model, these bytes are not one") from error
+        raise CompileError(
+            f"expected an ONNX model, {name} is not one, or is cut short: export it again"
+        ) from error
     if not proto.graph.node:
-        raise CompileError("expected an ONNX model, these bytes hold a graph without nodes")
+        raise CompileError(
+            f"expected an ONNX model, {name} holds a graph without nodes: export it again"
+        )
     return proto
 
 
