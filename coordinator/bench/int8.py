@@ -241,5 +241,5 @@ def _mean(model: str, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         **means,
         "below_master": float(np.mean(below)),
         "below_master_at_most": max(below),
-        "below_float": 100 * (means["float"] - means["exported"]),
+        "below_float": round(100 * (means["float"] - means["exported"]), 6),
     }

@@ -29,7 +29,7 @@ SLOWED = OCTAVES**-2
 
 With it, plain descent and momentum move a range as if its parameter counted octaves; Adam, which
 does not see factors of gradients, moves it `OCTAVES` octaves per unit of its rate: at 1 a range
-lags behind its weights (docs/explain/int8.md has the figures)."""
+lags behind its weights."""
 
 _MOVES = frozenset(
     {"Flatten", "Gather", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
