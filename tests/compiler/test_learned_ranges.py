@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from federation import Plan, federate
 from forward_models import Net, Steps, Tensor, blobs, cnn, evaluate, predict, quantized, session
 from onnx import TensorProto, helper
 
@@ -18,6 +19,7 @@ from edge_sdk.bundle import Bundle, pack
 from edge_sdk.errors import BundleError, CompileError
 from edge_sdk.limits import Limits
 from edge_sdk.requantize import MOST_OCTAVES, OCTAVES, step_of
+from edge_sdk.trainer import Trainer
 
 KINDS: dict[str, dict[str, Any]] = {
     "int8 per tensor": {},
@@ -285,3 +287,40 @@ def test_pooled_and_reshaped_numbers_keep_one_step() -> None:
     run, _ = trained(model, steps=10)
     assert copies == 4
     assert len(ranges_of(run.params())) == 2
+
+
+def test_ranges_learn_through_depthwise_layers_and_sums() -> None:
+    """Layers that training rewrites into another layout, and a quantizer with several readers."""
+    net = Net(("N", 1, 8, 8), opset=17).conv("stem", 1, 8, 3, pads=[1, 1, 1, 1]).add("Relu")
+    kept = net.last
+    net.conv("depthwise", 8, 8, 3, pads=[1, 1, 1, 1], group=8).add("Relu")
+    net.conv("pointwise", 8, 8, 1).add("Add", kept).add("Relu")
+    model = net.add("GlobalAveragePool").add("Flatten").dense("head", 8, 4).model()
+    run, loss = trained(quantized(model, X, per_channel=True), steps=150)
+    _, tight = trained(quantized(model, X, per_channel=True), steps=150, ranges="fixed")
+    assert loss < 0.5 * tight
+    assert len(ranges_of(run.params())) >= 6
+    run.bundle.check(Limits())
+    told = int(evaluate(run.bundle, X, LABELS, run.params())["correct"]) / len(X)
+    came = predict(export(run.bundle, run.params()), X)
+    assert np.mean(came.argmax(1) == LABELS) == pytest.approx(told, abs=0.04)
+
+
+def test_ranges_travel_in_updates_and_are_the_same_on_every_device() -> None:
+    model = quantized(cnn(opset=17), X)
+    bundle = build(model, loss="cross_entropy", ranges="learned", optimizer=momentum(0.9, lr=0.03))
+    devices = [(X[i::2], LABELS[i::2]) for i in range(2)]
+    plan = Plan(rounds=6, cohort=2, epochs=8, batch=16, lr=0.03)
+
+    def score(params: dict[str, Tensor]) -> float:
+        models = [Trainer(Bundle.from_bytes(bundle.data)) for _ in devices]
+        for each in models:
+            each.load_params(params)
+        one, other = (each.predict(X) for each in models)
+        assert one.tobytes() == other.tobytes() == predict(export(bundle, params), X).tobytes()
+        return float(np.mean(one.argmax(1) == LABELS))
+
+    done = federate(bundle, devices, plan, score)
+    grown = ranges_of(done.params)["output_QuantizeLinear_Input.range"]
+    assert grown * OCTAVES > 1
+    assert done.scores[-1] > 0.95
