@@ -34,8 +34,12 @@ def write(members: Mapping[str, bytes]) -> bytes:
 
     Raises: BundleError when a name or a size is beyond what `read` would take.
     """
-    if len(members) > MAX_MEMBERS or sum(map(len, members.values())) > MAX_BYTES // 2:
-        raise BundleError(f"expected at most {MAX_MEMBERS} members of {MAX_BYTES >> 21} MiB in all")
+    size = sum(map(len, members.values()))
+    if len(members) > MAX_MEMBERS or size > MAX_BYTES // 2:
+        raise BundleError(
+            f"expected at most {MAX_MEMBERS} members of {MAX_BYTES >> 21} MiB in all, got "
+            f"{len(members)} of {size >> 20} MiB: bundle a smaller model"
+        )
     body: list[bytes] = []
     spans: dict[str, tuple[int, int, int]] = {}
     at = 0

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from coordinator.compiler.graph import Graph, Value
+from coordinator.compiler.graph import Value, from_type
 from coordinator.compiler.reshapes import ADVICE, free_shapes
 from coordinator.compiler.runtime import run, session
 from edge_sdk.errors import CompileError
@@ -66,7 +66,8 @@ def _symbolic(value: onnx.ValueInfoProto) -> None:
 
 def _prove(proto: onnx.ModelProto) -> None:
     """Run three examples together and one by one: the rows must agree."""
-    x = _sample(Graph.from_model(proto).inputs[0])
+    value = proto.graph.input[0]
+    x = _sample(from_type(value.name, value.type))
     runs = _opened(proto)
     try:
         together, *alone = (run(runs, rows) for rows in (x, *np.split(x, len(x))))

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -210,3 +213,31 @@ def test_int8_versions_learn_new_rows_and_are_exported_as_int8(name: str) -> Non
     right = int(np.sum(predict(data, x).argmax(1) == y))
     assert right >= int(measured["correct"]) - 2
     assert right >= 24
+
+
+MEASURE = """
+import sys, time
+from pathlib import Path
+import coordinator.compiler.pipeline, onnxruntime
+from coordinator.compiler import build, momentum
+
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+path, before, start = Path(sys.argv[1]), peak(), time.process_time()
+build(path, loss="cross_entropy", optimizer=momentum(0.9, lr=0.05))
+print(time.process_time() - start, (peak() - before) / path.stat().st_size)
+"""
+
+
+@pytest.mark.slow
+def test_eleven_million_parameters_build_in_seconds(tmp_path: Path, figure: Any) -> None:
+    onnx.save(exported("resnet18"), tmp_path / "net.onnx")
+    args = [sys.executable, "-c", MEASURE, str(tmp_path / "net.onnx")]
+    done = subprocess.run(args, capture_output=True, text=True, check=True, timeout=100)
+    seconds, copies = map(float, done.stdout.split())
+    figure("build of ResNet-18, CPU seconds", seconds, "<= 20")
+    figure("build of ResNet-18, peak RAM over the model's size", copies, "<= 12")
+    assert seconds <= 20
+    assert copies <= 12
