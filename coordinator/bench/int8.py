@@ -78,38 +78,35 @@ def measure(
 def _of_seed(model: str, data: Path | None, seed: int, steps: int) -> dict[str, list[Any]]:
     net, rows = _task(model, data, seed)
     plain = build(net, loss="cross_entropy", optimizer=momentum(DECAY, lr=LR))
-    trainer = _trained(plain, rows, steps, seed)
-    exact = accuracy(export(plain, trainer.params()), rows.test_x, rows.test_y)
-    start: dict[str, Any] = {"calibration": "-", "ranges": "-"}
-    found = [{**start, "float": exact, **_judged(plain, plain, trainer, rows)}]
+
+    def judged(bundle: Bundle) -> dict[str, float]:
+        return _judged(bundle, plain, rows, steps, seed)
+
+    exact = judged(plain)
+    found: list[dict[str, Any]] = [{"calibration": "-", "ranges": "-", **exact}]
     for calibration, share in (("good", 1.0), ("poor", NARROW)):
         int8 = quantize(net, rows.x[:CALIBRATION], share)
         for ranges, settings in SETTINGS.items():
-            bundle = _built(int8, **settings)
-            trainer = _trained(bundle, rows, steps, seed)
-            start = {"calibration": calibration, "ranges": ranges, "float": exact}
-            found.append({**start, **_judged(bundle, plain, trainer, rows)})
-    scaling = _scaling(net, rows, plain, steps, seed)
-    return {"int8": found, "scaling": [{**row, "float": exact} for row in scaling]}
+            way = {"calibration": calibration, "ranges": ranges}
+            found.append({**way, **judged(_built(int8, **settings))})
+    scaling = [
+        {"units": units, **judged(bundle)}
+        for units, bundle in _in_units(quantize(net, rows.x[:CALIBRATION])).items()
+    ]
+    for row in (*found, *scaling):
+        row["float"] = exact["exported"]
+    return {"int8": found, "scaling": scaling}
 
 
-def _scaling(
-    net: onnx.ModelProto, rows: Rows, plain: Bundle, steps: int, seed: int
-) -> list[dict[str, Any]]:
-    """Train in units of the integers, with and without quantization-aware scaling."""
-    int8, optimizer = quantize(net, rows.x[:CALIBRATION]), momentum(DECAY, lr=LR)
-    levels = steps_of(_built(int8))
+def _in_units(int8: onnx.ModelProto) -> dict[str, Bundle]:
+    """Return bundles that train in units of the weights and in units of their integers."""
+    optimizer, levels = momentum(DECAY, lr=LR), steps_of(_built(int8))
     ways = {
         "masters": optimizer,
         "integers": chain(in_levels(levels, is_scaled=False), optimizer),
         "integers, QAS": chain(in_levels(levels, is_scaled=True), optimizer),
     }
-    found = []
-    for units, way in ways.items():
-        bundle = _built(int8, optimizer=way, headroom=8.0)
-        trainer = _trained(bundle, rows, steps, seed)
-        found.append({"units": units, **_judged(bundle, plain, trainer, rows)})
-    return found
+    return {units: _built(int8, optimizer=way, headroom=8.0) for units, way in ways.items()}
 
 
 def in_levels(levels: Sequence[Array], *, is_scaled: bool) -> Optimizer:
@@ -187,20 +184,17 @@ def _built(model: onnx.ModelProto, **settings: Any) -> Bundle:
     return build(model, loss="cross_entropy", **chosen)
 
 
-def _trained(bundle: Bundle, rows: Rows, steps: int, seed: int) -> Trainer:
+def _judged(bundle: Bundle, plain: Bundle, rows: Rows, steps: int, seed: int) -> dict[str, float]:
+    """Train a bundle and say what came of it."""
     trainer = Trainer(bundle, seed=seed)
-    trainer.fit(rows.x, rows.y, epochs=None, steps=steps, batch=BATCH)
-    return trainer
-
-
-def _judged(bundle: Bundle, plain: Bundle, trainer: Trainer, rows: Rows) -> dict[str, float]:
+    done = trainer.fit(rows.x, rows.y, epochs=None, steps=steps, batch=BATCH)
     params = trainer.params()
     masters: Params = {name: params[name] for name in plain.shapes}
-    told = trainer.evaluate(rows.test_x, rows.test_y)
     return {
+        "step_ms": 1e3 * done["seconds"] / done["steps"],
         "loss": trainer.evaluate(rows.x, rows.y)["loss"],
         "unrounded": accuracy(export(plain, masters), rows.test_x, rows.test_y),
-        "master": told["accuracy"],
+        "master": trainer.evaluate(rows.test_x, rows.test_y)["accuracy"],
         "exported": accuracy(export(bundle, params), rows.test_x, rows.test_y),
     }
 
@@ -241,5 +235,5 @@ def _mean(model: str, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         **means,
         "below_master": float(np.mean(below)),
         "below_master_at_most": max(below),
-        "below_float": round(100 * (means["float"] - means["exported"]), 6),
+        "below_float": round(100 * (means["float"] - means["exported"]), 6) + 0.0,
     }
