@@ -102,7 +102,8 @@ def _refuse(proto: onnx.ModelProto) -> None:
     version = opset_of(proto)
     if version < OLDEST:
         raise CompileError(
-            f"expected opset {OLDEST} or newer, got {version}: export the model again"
+            f"expected opset {OLDEST} or newer, got {version}: export the model again, or bring it "
+            "up (onnx.version_converter.convert_version)"
         )
     tensors = [*proto.graph.initializer, *(t for n in proto.graph.node for t in _tensors(n))]
     for tensor in tensors:
