@@ -8,6 +8,11 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# The same examples in every run: a red suite is red for everybody. FEDGE_FUZZ=1 looks further.
+settings.register_profile("fedge", derandomize=os.environ.get("FEDGE_FUZZ") != "1", deadline=None)
+settings.load_profile("fedge")
 
 NO_SKIPS = os.environ.get("FEDGE_NO_SKIPS") == "1"
 FIGURES: list[tuple[str, str, str]] = []

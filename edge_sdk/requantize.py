@@ -85,8 +85,8 @@ def step_of(value: Array, start: np.float32) -> Array:
     t is `OCTAVES` times the parameter's value. A straight line between whole octaves, so that every
     machine gets the same bits.
     """
-    most = np.float32(MOST_OCTAVES)
-    t = np.clip(np.asarray(value, np.float32) * np.float32(OCTAVES), -most, most)
+    most = np.float32(MOST_OCTAVES / OCTAVES)  # clipped first: a huge value must not overflow
+    t = np.clip(np.asarray(value, np.float32), -most, most) * np.float32(OCTAVES)
     whole = np.floor(t)
     octave = start * np.ldexp(np.float32(1), whole.astype(np.int32))
     return np.asarray(np.maximum(octave * ((t - whole) + np.float32(1)), TINY), np.float32)
