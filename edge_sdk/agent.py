@@ -59,6 +59,7 @@ class Settings:
     conditions: Condition = always
     min_examples: int = 1
     threads: int = 1
+    engine: str = "auto"
     root: Path = Path("/")
     pinned: bytes | None = None
     """The one coordinator key to trust; without it, the first one seen."""
@@ -379,6 +380,7 @@ class Agent:
             budget=budget(invite, current.deadline_at - self._session.now),
             seed=invite.seed,
             threads=self._settings.threads,
+            engine=self._settings.engine,
         )
         log.info("training round=%d version=%d", round_, model.version)
         self._in_training = {model.bundle, model.weights}

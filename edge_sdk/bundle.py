@@ -102,15 +102,16 @@ class Bundle:
         members = self._members.__getitem__
         graphcheck.check(self.manifest, members, len(self.data), limits or Limits())
 
-    def graph(self, engine: str, role: str) -> bytes:
-        """Return the `predict`, `train` or `evaluate` graph written for an engine.
+    def graph(self, format: str, role: str) -> bytes:  # noqa: A002 - the field's word
+        """Return the `predict`, `train` or `evaluate` graph in a format, "onnx" or "tflite".
 
-        Raises: BundleError when the bundle has no graphs for that engine.
+        Raises: BundleError when the bundle has no such graph in that format.
         """
-        graphs = self.manifest["graphs"]
-        if engine not in graphs:
-            raise BundleError(f"this bundle has graphs for {sorted(graphs)}, not for {engine!r}")
-        return self.member(graphs[engine][role])
+        roles = self.manifest["graphs"].get(format, {})
+        if role not in roles:
+            has = {name: sorted(graphs) for name, graphs in self.manifest["graphs"].items()}
+            raise BundleError(f"expected a {role} graph in {format!r}, this bundle has {has}")
+        return self.member(roles[role])
 
     def save(self, path: str | Path) -> None:
         """Write the bundle to a file, atomically and durably.

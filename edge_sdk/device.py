@@ -56,7 +56,8 @@ class Device:
         state: this device's folder, for its key, examples, model and outbox; one process at a
             time. ``~/.local/state/fedge/TASK`` by default.
         conditions: when it may train, such as ``when.on_mains & when.idle``; or any ``() -> bool``.
-        engine, threads: what runs the graphs.
+        engine, threads: what runs the graphs; "auto" is the first that is installed and that the
+            bundle has graphs for, of ort, litert and tflite.
         capacity: how many examples are kept; the newest push out the oldest.
         min_examples: with fewer the device does not take part.
         name: what people call this device; its id otherwise.
@@ -78,7 +79,7 @@ class Device:
         bundle: Bundle | str | Path | None = None,
         state: str | Path | None = None,
         conditions: ConditionLike = always,
-        engine: str = "ort",
+        engine: str = "auto",
         threads: int = 1,
         capacity: int = 2000,
         min_examples: int = 1,
@@ -111,6 +112,7 @@ class Device:
                 conditions=condition(conditions),
                 min_examples=min_examples,
                 threads=threads,
+                engine=engine,
                 root=root,
                 pinned=_key(coordinator_key),
             )

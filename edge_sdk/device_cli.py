@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from edge_sdk.errors import ConfigError, FedgeError, StoreError, TransportError
 
 if TYPE_CHECKING:
+    from edge_sdk.bundle import Bundle
     from edge_sdk.device import Device
     from edge_sdk.device_config import DeviceConfig
 
@@ -42,7 +43,7 @@ STATUS_ROWS = (
     "rss_peak_kib",
     "child_rss_peak_kib",
 )
-PACKAGES = ("numpy", "paho-mqtt", "cryptography", "onnxruntime")
+PACKAGES = ("numpy", "paho-mqtt", "cryptography")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,6 +95,7 @@ def doctor(args: argparse.Namespace) -> int:
     config = _config(args)
     checks: list[tuple[str, Callable[[DeviceConfig], str], int]] = [
         ("packages", _check_packages, 6),
+        ("engine", _check_engine, 6),
         ("state", _check_state, 1),
         ("broker", _check_broker, 4),
         ("conditions", _check_conditions, 0),
@@ -136,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     for command, about in (
         (run, "take part in a task until stopped"),
         (status, "show how the device is doing"),
-        (doctor, "check what it needs: packages, state, broker, conditions"),
+        (doctor, "check what it needs: packages, engine, state, broker, conditions"),
         (wipe, "delete all it knows, its identity included"),
     ):
         sub = commands.add_parser(
@@ -236,22 +238,45 @@ def _checked(
         return name, False, " ".join(str(error).split()), code
 
 
-def _check_packages(config: DeviceConfig) -> str:
+def _check_packages(config: DeviceConfig) -> str:  # noqa: ARG001 - as the other checks are called
     from importlib.metadata import PackageNotFoundError, version
 
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     found = []
     for package in PACKAGES:
         try:
             found.append(f"{package} {version(package)}")
         except PackageNotFoundError:
-            hint = "pip install 'fedge[onnx]'" if package == "onnxruntime" else "pip install fedge"
-            raise ModuleNotFoundError(f"{package} is not installed; {hint}") from None
-    from edge_sdk.engine import ENGINES
+            hint = f"{package} is not installed; pip install fedge"
+            raise ModuleNotFoundError(hint) from None
+    return f"python {sys.version.split()[0]}, {', '.join(found)}"
 
-    if config.engine not in ENGINES:
-        raise ConfigError(f"engine: expected one of {sorted(ENGINES)}, got {config.engine!r}")
-    return f"python {sys.version.split()[0]}, {', '.join(found)}, engine {config.engine}"
+
+def _check_engine(config: DeviceConfig) -> str:
+    """Say which engine runs the model, and why no other."""
+    from edge_sdk import engine
+
+    bundle = _bundle(config)
+    if bundle is None:
+        there = engine.installed()
+        if not there:
+            extras = " or ".join(f"pip install '{r.extra}'" for r in engine.ENGINES.values())
+            raise ModuleNotFoundError(f"no engine is installed; {extras}")
+        return f"{', '.join(there)} installed; the first bundle decides"
+    chosen, reasons = engine.choose(bundle.manifest, config.engine)
+    others = "; ".join(f"not {name}: {why}" for name, why in reasons.items() if name != chosen)
+    return f"{chosen} {engine.ENGINES[chosen].version()}" + (f"; {others}" if others else "")
+
+
+def _bundle(config: DeviceConfig) -> Bundle | None:
+    """Return the bundle in use, else the one that the configuration names."""
+    from edge_sdk.bundle import Bundle
+
+    status = _state(config) / "status.json"
+    digest = json.loads(status.read_bytes()).get("bundle") if status.exists() else None
+    stored = _state(config) / "bundles" / f"{digest}.fedge"
+    if digest and stored.exists():
+        return Bundle.load(stored)
+    return Bundle.load(config.bundle) if config.bundle else None
 
 
 def _check_state(config: DeviceConfig) -> str:

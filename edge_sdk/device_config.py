@@ -46,7 +46,7 @@ class DeviceConfig:
     """Its state folder; ``~/.local/state/fedge/TASK`` if not given."""
     bundle: Path | None = None
     name: str = ""
-    engine: str = "ort"
+    engine: str = "auto"
     threads: int = 1
     capacity: int = 2000
     min_examples: int = 1

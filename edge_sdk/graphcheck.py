@@ -23,7 +23,7 @@ from edge_sdk.operators import ALLOWED
 
 T = TypeVar("T")
 Member = Callable[[str], memoryview]
-ENGINE = "ort"
+FORMAT = "onnx"
 _OTHER_FORMAT = b"ORTM"  # at byte 4: onnxruntime would read its own format instead of ONNX
 _CONFIG = "ort_config"  # session options in a model's metadata
 _NUMBERS = {"float", "floats", "int", "ints", "string", "strings", "tensor"}
@@ -46,9 +46,9 @@ def check(manifest: Mapping[str, Any], member: Member, size: int, limits: Limits
     Raises: RefusedError, one line, for the first thing that is not as it must be.
     """
     _check_declared(manifest, size, limits)
-    roles = manifest["graphs"].get(ENGINE)
+    roles = manifest["graphs"].get(FORMAT)
     if roles is None:
-        raise RefusedError(f"expected graphs for {ENGINE}, got {sorted(manifest['graphs'])}")
+        raise RefusedError(f"expected {FORMAT} graphs, got {sorted(manifest['graphs'])}")
     graphs = {role: _read(role, member(roles[role]), limits) for role in sorted(roles)}
     for role, graph in graphs.items():
         _in(role, portcheck.check, role, graph, manifest)

@@ -48,7 +48,7 @@ class Local:
         store: Store,
         given: Bundle | None,
         *,
-        engine: str = "ort",
+        engine: str = "auto",
         threads: int = 1,
         capacity: int = 2000,
         limits: Limits | None = None,

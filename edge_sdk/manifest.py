@@ -19,13 +19,14 @@ import numpy as np
 
 from edge_sdk.errors import BundleError
 
-FORMAT = "fedge-bundle/1"
+FORMAT = "fedge-bundle/2"
 MAX_MANIFEST_BYTES = 4 << 20
 MAX_TENSORS = 10_000
 MAX_NUMBERS = 1 << 25  # 128 MiB of float32: what an archive can carry
 LOSSES = ("cross_entropy", "mse", "bce_logits")
 DTYPES = ("float32", "float16", "int8", "uint8", "int16", "uint16", "int32", "int64", "bool")
 ROLES = ("predict", "train", "evaluate")
+FORMATS = ("onnx", "tflite")
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 Check = Callable[[str, Any], None]
 
@@ -74,8 +75,10 @@ def check(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
     _check_members(manifest["members"], sizes)
     _ROWS("cost.batch", manifest["cost"].get("batch", 1))
     _check_params(manifest, sizes)
-    _check_graphs(manifest["graphs"], sizes)
-    _check_patches(manifest, sizes)
+    _check_graphs(manifest, sizes)
+    shapes = [p["shape"] for p in manifest["params"]]
+    for name, patches in manifest["patches"].items():
+        _check_patches(name, patches, shapes, sizes[manifest["graphs"][name]["predict"]])
 
 
 def _fail(field: str, expected: str, got: object, advice: str = "rebuild the bundle") -> NoReturn:
@@ -161,6 +164,7 @@ _NUMBER = _is("a finite number", _is_number)
 _SCALE = _is("a scale above 0", _is_scale)
 _LEVEL = _is("a zero point", lambda v: _is_int(v, -(1 << 31), (1 << 31) - 1))
 _SHAPE = _list(_SIZE, 16)
+_ORDER = _list(_INDEX, 16)
 _OPEN_SHAPE = _list(_or_null(_SIZE), 16)
 
 
@@ -192,7 +196,9 @@ _MEMBER = _fields(
     }
 )
 _PATCH: dict[str, Check] = {
-    "float32": _fields({"param": _INDEX, "kind": _ANY, "offset": _OFFSET}),
+    "float32": _fields(
+        {"param": _INDEX, "kind": _ANY, "offset": _OFFSET, "order": _ORDER}, optional=("order",)
+    ),
     "range": _fields({"param": _INDEX, "kind": _ANY, "offset": _OFFSET}),
     "quantized": _fields(
         {
@@ -204,7 +210,9 @@ _PATCH: dict[str, Check] = {
             "scales": _COUNT,
             "axis": _or_null(_INDEX),
             "zero_point": _either(_list(_LEVEL, MAX_NUMBERS), _LEVEL),
-        }
+            "order": _ORDER,
+        },
+        optional=("order",),
     ),
     "bias": _fields(
         {
@@ -224,6 +232,10 @@ _PATCH: dict[str, Check] = {
 }
 
 
+def _formats(inner: Check) -> Check:
+    return _fields(dict.fromkeys(FORMATS, inner), optional=FORMATS)
+
+
 def _patch(field: str, value: Any) -> None:
     kind = value.get("kind") if isinstance(value, dict) else value
     if not isinstance(kind, str) or kind not in _PATCH:
@@ -233,6 +245,7 @@ def _patch(field: str, value: Any) -> None:
 
 _MANIFEST: dict[str, Check] = {
     "format": _TEXT,
+    "source": _one_of(*FORMATS),
     "name": _TEXT,
     "producer": _TEXT,
     "loss": _one_of(*LOSSES),
@@ -245,8 +258,8 @@ _MANIFEST: dict[str, Check] = {
     "target": _fields({"dtype": _one_of("int64", "float32"), "shape": _OPEN_SHAPE}),
     "params": _list(_fields({"name": _TEXT, "shape": _SHAPE})),
     "slots": _list(_fields({"name": _TEXT, "param": _or_null(_INDEX), "shape": _SHAPE})),
-    "graphs": _map(_fields(dict.fromkeys(ROLES, _TEXT))),
-    "patches": _list(_patch),
+    "graphs": _formats(_fields(dict.fromkeys(ROLES, _TEXT), optional=("train", "evaluate"))),
+    "patches": _formats(_list(_patch)),
     "cost": _map(_either(_NUMBER, _map(_NUMBER))),
     "members": _map(_MEMBER),
 }
@@ -275,24 +288,29 @@ def _check_params(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> None
         _fail("slots", f"at most {2 * MAX_NUMBERS} numbers in all", state)
 
 
-def _check_graphs(graphs: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
-    if not graphs:
-        _fail("graphs", "at least one engine", graphs)
-    for engine, roles in graphs.items():
+def _check_graphs(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
+    graphs, source = manifest["graphs"], manifest["source"]
+    if source not in graphs or graphs.keys() != manifest["patches"].keys():
+        _fail("graphs", f"{source}, and the same formats as in patches", sorted(graphs))
+    if not any("train" in roles for roles in graphs.values()):
+        _fail("graphs", "a training graph in at least one format", graphs)
+    for name, roles in graphs.items():
+        if ("train" in roles) != ("evaluate" in roles):
+            _fail(f"graphs.{name}", "train and evaluate, both or neither", sorted(roles))
         for role, member in roles.items():
             if member not in sizes:
-                _fail(f"graphs.{engine}.{role}", f"one of {sorted(sizes)}", member)
+                _fail(f"graphs.{name}.{role}", f"one of {sorted(sizes)}", member)
 
 
-def _check_patches(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
-    ort = manifest["graphs"].get("ort")
-    end = sizes[ort["predict"]] if ort else 0
-    shapes = [p["shape"] for p in manifest["params"]]
-    weights = {p["param"]: p["scales"] for p in manifest["patches"] if p["kind"] == "quantized"}
-    ranges = {p["param"] for p in manifest["patches"] if p["kind"] == "range"}
+def _check_patches(
+    name: str, patches: list[Mapping[str, Any]], shapes: list[list[int]], end: int
+) -> None:
+    """Check the patches of one format; `end`: the size of its predict graph, bytes."""
+    weights = {p["param"]: p["scales"] for p in patches if p["kind"] == "quantized"}
+    ranges = {p["param"] for p in patches if p["kind"] == "range"}
     spans: list[tuple[int, int, int]] = []
-    for i, patch in enumerate(manifest["patches"]):
-        field = f"patches[{i}]"
+    for i, patch in enumerate(patches):
+        field = f"patches.{name}[{i}]"
         if patch["param"] is not None and patch["param"] >= len(shapes):
             _fail(f"{field}.param", f"an index below {len(shapes)}", patch["param"])
         if "weight" in patch and weights.get(patch["weight"]) not in {1, patch["scales"]}:
@@ -303,9 +321,10 @@ def _check_patches(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> Non
     spans.sort()
     for (_, before, _), (start, _, i) in itertools.pairwise(spans):
         if start < before:
-            _fail(f"patches[{i}]", "bytes that no other patch writes", start)
+            _fail(f"patches.{name}[{i}]", "bytes that no other patch writes", start)
     if spans and max(b for _, b, _ in spans) > end:
-        _fail("patches", f"bytes within the predict graph ({end})", max(b for _, b, _ in spans))
+        furthest = max(b for _, b, _ in spans)
+        _fail(f"patches.{name}", f"bytes within the predict graph ({end})", furthest)
 
 
 def _spans(field: str, patch: Mapping[str, Any], shapes: list[list[int]]) -> list[tuple[int, int]]:
@@ -314,6 +333,9 @@ def _spans(field: str, patch: Mapping[str, Any], shapes: list[list[int]]) -> lis
         _fail(f"{field}.shape", "a shape, as no parameter gives one", None)
     shape = patch["shape"] if param is None else shapes[param]
     at, numbers = patch["offset"], math.prod(shape)
+    order = patch.get("order", range(len(shape)))
+    if sorted(order) != list(range(len(shape))):
+        _fail(f"{field}.order", f"each axis of {shape} once", order)
     if kind == "range" and numbers != 1:
         _fail(f"{field}.param", "a parameter of one number", shape)
     if kind in {"float32", "range"}:

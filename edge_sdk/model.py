@@ -61,7 +61,7 @@ def open_model(
     weights: bytes,
     version: int,
     *,
-    engine: str = "ort",
+    engine: str = "auto",
     threads: int = 1,
 ) -> Model:
     """Load the inference model with these weights (flat little-endian float32) and try it.
@@ -74,7 +74,7 @@ def open_model(
         raise BundleError(f"the weights are not of this bundle: {error}") from error
     opened = open_engine(bundle, engine, threads)
     footprint.hand_back()  # importing the runtime cost what running it does not
-    predictor = opened.predictor(requantize(bundle, params, engine))
+    predictor = opened.predictor(requantize(bundle, params, opened.format))
     shape = tuple(bundle.manifest["input"]["shape"])
     digest = hashlib.sha256(weights).hexdigest()
     model = Model(version, bundle.digest, digest, predictor, Feed(bundle.manifest), shape)

@@ -33,8 +33,8 @@ _INT32 = np.iinfo(np.int32)
 Patch = Mapping[str, Any]
 
 
-def requantize(bundle: Bundle, params: Params, engine: str = "ort") -> bytes:
-    """Return the bundle's predict model with `params` (float32, by name) written into it.
+def requantize(bundle: Bundle, params: Params, format: str = "onnx") -> bytes:  # noqa: A002 - the field's word
+    """Return the bundle's predict model in a format, with `params` (float32, by name) written in.
 
     Raises: ValueError when a tensor is missing or of another shape; BundleError when one is not
     finite.
@@ -46,12 +46,12 @@ def requantize(bundle: Bundle, params: Params, engine: str = "ort") -> bytes:
     initial = bundle.params()
     values = [np.ascontiguousarray(params[name], np.float32) for name in shapes]
     changed = [values[i].tobytes() != initial[n].tobytes() for i, n in enumerate(shapes)]
-    model = bytearray(bundle.graph(engine, "predict"))
-    patches: list[Patch] = bundle.manifest["patches"]
+    model = bytearray(bundle.graph(format, "predict"))
+    patches: list[Patch] = bundle.manifest["patches"][format]
     by_param = {p["param"]: p for p in patches if p["kind"] in {"quantized", "range"}}
     for patch in patches:
         if patch["kind"] == "float32" and changed[patch["param"]]:
-            _put(model, patch["offset"], values[patch["param"]].astype("<f4"))
+            _put(model, patch["offset"], _laid_out(patch, values[patch["param"]]).astype("<f4"))
         elif patch["kind"] == "quantized" and changed[patch["param"]]:
             _quantized(model, patch, values[patch["param"]])
         elif patch["kind"] == "range" and changed[patch["param"]]:
@@ -120,13 +120,20 @@ def _ratio(size: Array, room: Array) -> Array:
     return np.where(has_room, size / np.where(has_room, room, np.float32(1)), np.float32(0))
 
 
+def _laid_out(patch: Patch, values: NDArray[Any]) -> NDArray[Any]:
+    """Return values in the layout of the model's format: OIHW in ONNX is OHWI in TFLite."""
+    return (
+        np.ascontiguousarray(np.transpose(values, patch["order"])) if "order" in patch else values
+    )
+
+
 def _quantized(model: bytearray, patch: Patch, weight: Array) -> None:
     axis, dtype = patch["axis"], patch["dtype"]
     zero = np.asarray(patch["zero_point"])
     if axis is None:
         zero = zero.reshape(())
     scale = scale_of(weight, dtype, axis, zero)
-    _put(model, patch["offset"], quantize(weight, scale, dtype, axis, zero))
+    _put(model, patch["offset"], _laid_out(patch, quantize(weight, scale, dtype, axis, zero)))
     _put(model, patch["scale_offset"], np.broadcast_to(scale, patch["scales"]).astype("<f4"))
 
 

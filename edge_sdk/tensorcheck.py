@@ -51,7 +51,7 @@ def check_patches(manifest: Mapping[str, Any], predict: OnnxFile) -> None:
     """
     places = {t.offset: t for t in predict.initializers.values() if t.data}
     shapes = [p["shape"] for p in manifest["params"]]
-    for i, patch in enumerate(manifest["patches"]):
+    for i, patch in enumerate(manifest["patches"]["onnx"]):
         shape = patch["shape"] if patch["param"] is None else shapes[patch["param"]]
         dtype = _WRITES.get(patch["kind"]) or patch["dtype"]
         _check_place(f"patches[{i}]", places.get(patch["offset"]), dtype, math.prod(shape))

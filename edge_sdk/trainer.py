@@ -47,13 +47,13 @@ class Trainer:
     def __init__(
         self,
         bundle: Bundle,
-        engine: str = "ort",
+        engine: str = "auto",
         threads: int = 1,
         seed: int = 0,
         *,
         clock: Clock = time,
     ) -> None:
-        self._bundle, self._name, self._clock = bundle, engine, clock
+        self._bundle, self._clock = bundle, clock
         self._engine = open_engine(bundle, engine, threads)
         self._training = self._engine.training(bundle)
         self._rng = np.random.default_rng(seed)
@@ -142,7 +142,7 @@ class Trainer:
         comes raw. Raises: ValueError on another shape; EngineError.
         """
         if self._predictor is None:
-            model = requantize(self._bundle, self.params(), self._name)
+            model = requantize(self._bundle, self.params(), self._engine.format)
             self._predictor = self._engine.predictor(model)
         return self._predictor.run(self._feed.forward(x))
 

@@ -19,7 +19,7 @@ import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from edge_sdk.errors import EngineError
 
@@ -56,6 +56,7 @@ class TrainJob:
     budget: Budget
     seed: int = 0
     threads: int = 1
+    engine: str = "auto"
     out: Path | None = None
 
     @property
@@ -114,7 +115,7 @@ class ChildTrainer:
     def train(self, job: TrainJob, cancel: threading.Event) -> TrainResult:
         """Run one job in a fresh process. Raises: TrainFailed."""
         try:
-            with self._started() as child:
+            with self.started() as child:
                 try:
                     said, noise = self._watch(child, job, cancel)
                 finally:
@@ -122,16 +123,17 @@ class ChildTrainer:
         except OSError as error:
             raise TrainFailed(f"cannot start {self._command[0]}: {error.strerror}") from error
         if child.returncode != 0:
-            raise TrainFailed(_reason(child.returncode, said, noise))
-        return _result(said, job.delta)
+            raise TrainFailed(last_words(child.returncode, said, noise))
+        return answer(said, job.delta)
 
-    def _started(self) -> subprocess.Popen[str]:
+    def started(self, stderr: int | IO[bytes] = subprocess.PIPE) -> subprocess.Popen[str]:
+        """Start a child that waits for jobs. Raises: OSError."""
         pipe = subprocess.PIPE
         return subprocess.Popen(
             self._command,
             stdin=pipe,
             stdout=pipe,
-            stderr=pipe,
+            stderr=stderr,
             text=True,
             env=_environment(),
             process_group=0,  # the terminal's Ctrl-C is for the application
@@ -140,7 +142,7 @@ class ChildTrainer:
     def _watch(
         self, child: subprocess.Popen[str], job: TrainJob, cancel: threading.Event
     ) -> tuple[str, str]:
-        request: str | None = json.dumps(self._request(job))
+        request: str | None = json.dumps(self.request(job))
         patience_s = math.inf if job.budget.seconds is None else job.budget.seconds + self._grace_s
         until_s = time.monotonic() + patience_s
         while not cancel.is_set():
@@ -152,7 +154,8 @@ class ChildTrainer:
                 raise TrainFailed(f"still training {self._grace_s:g} s after its budget; killed")
         raise TrainFailed("cancelled")
 
-    def _request(self, job: TrainJob) -> dict[str, Any]:
+    def request(self, job: TrainJob) -> dict[str, Any]:
+        """Return a job as the child takes it: one line of JSON."""
         places = {"bundle": job.bundle, "weights": job.weights, "samples": job.samples}
         return {
             **{name: os.fspath(path) for name, path in places.items()},
@@ -160,6 +163,7 @@ class ChildTrainer:
             "budget": asdict(job.budget),
             "seed": job.seed,
             "threads": job.threads,
+            "engine": job.engine,
             "nice": self._nice,
             "parent": os.getpid(),
         }
@@ -172,15 +176,19 @@ def _environment() -> dict[str, str]:
     return {**os.environ, **_LEAN, "PYTHONPATH": os.pathsep.join([home, path] if path else [home])}
 
 
-def _result(said: str, delta: Path) -> TrainResult:
-    """Read the last line: what else is loaded into the child may print before it."""
+def answer(said: str, delta: Path) -> TrainResult:
+    """Read the last line of what a child said: what else is loaded into it may print before.
+
+    Raises: TrainFailed when that is no result.
+    """
     try:
         return TrainResult(**{**json.loads(said.splitlines()[-1]), "delta": delta})
     except (ValueError, IndexError, TypeError) as error:
         raise TrainFailed(f"the training process answered {said[-200:]!r}; upgrade it") from error
 
 
-def _reason(code: int, said: str, noise: str) -> str:
+def last_words(code: int, said: str, noise: str) -> str:
+    """Return why a child ended, from its exit code and what it printed."""
     if code < 0:
         name = next((s.name for s in signal.Signals if s == -code), f"signal {-code}")
         return f"the training process was killed by {name}; is there enough memory?"

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training child, `python -m edge_sdk.worker`: one job from stdin, one JSON line to stdout.
+"""The training child, `python -m edge_sdk.worker`: a job a line on stdin, a JSON line for each out.
 
-It reads a bundle, weights and examples, writes a delta and ends. It holds no key, loads no network
-library and dies with its parent; when memory runs out the kernel takes it before anything else.
+It reads a bundle, weights and examples and writes a delta; it ends with its input. It holds no
+key, loads no network library and dies with its parent; when memory runs out the kernel takes it
+before anything else.
 """
 
 from __future__ import annotations
@@ -22,12 +23,24 @@ _FIRST_TO_GO = "1000"
 
 
 def main() -> int:
-    """Carry out the job on stdin; 0 when the delta is on disk, 1 with the reason on stdout."""
+    """Carry out the jobs on stdin; 0 when the last delta is on disk, 1 with the reason on stdout.
+
+    Each job begins afresh, so a job has the same result whatever came before it.
+    """
     _die_with_parent()
-    request = json.loads(sys.stdin.buffer.read())
-    if os.getppid() != request["parent"]:
-        return 1  # the parent went before we could tie ourselves to it
-    _be_modest(request["nice"])
+    code, is_modest = 1, False
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        if os.getppid() != request["parent"]:
+            return 1  # the parent went before we could tie ourselves to it
+        if not is_modest:
+            _be_modest(request["nice"])
+            is_modest = True
+        code = _carry_out(request)
+    return code
+
+
+def _carry_out(request: Mapping[str, Any]) -> int:
     try:
         said = train(request)
     except Exception as error:  # noqa: BLE001 - the parent reports it, whatever it is
@@ -53,9 +66,9 @@ def train(request: Mapping[str, Any]) -> dict[str, Any]:
     from edge_sdk.trainer import Trainer
 
     bundle = Bundle.load(request["bundle"])
-    open_engine(bundle)
+    open_engine(bundle, request["engine"])
     footprint.hand_back()  # importing the runtime cost what running it does not
-    trainer = Trainer(bundle, threads=request["threads"], seed=request["seed"])
+    trainer = Trainer(bundle, request["engine"], request["threads"], request["seed"])
     trainer.load_params(unflatten(_weights(request["weights"], bundle.shapes), bundle.shapes))
     with Samples.open(request["samples"]) as samples:
         x, y = samples.arrays()

@@ -131,8 +131,8 @@ def in_levels(levels: Sequence[Array], *, is_scaled: bool) -> Optimizer:
 
 def steps_of(bundle: Bundle) -> list[Array]:
     """Return what one integer step of each parameter is worth, shaped to broadcast over it."""
-    data, found = bundle.member("ort/predict.onnx"), {}
-    for patch in bundle.manifest["patches"]:
+    data, found = bundle.graph("onnx", "predict"), {}
+    for patch in bundle.manifest["patches"]["onnx"]:
         if patch["param"] is not None and "scale_offset" in patch:
             at, n = patch["scale_offset"], patch["scales"]
             scale = np.frombuffer(data, "<f4", n, at).astype(np.float32)

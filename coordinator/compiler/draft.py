@@ -25,8 +25,9 @@ from coordinator.compiler.train import evaluate_graph, open_weights, train_graph
 from coordinator.compiler.weights import Weight, find_weights
 from edge_sdk.bundle import Bundle, pack
 from edge_sdk.errors import CompileError
+from edge_sdk.manifest import FORMAT
 
-_GRAPHS = {role: f"ort/{role}.onnx" for role in ("predict", "train", "evaluate")}
+_GRAPHS = {role: f"onnx/{role}.onnx" for role in ("predict", "train", "evaluate")}
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ def draft(task: Task, train: str | Sequence[str]) -> Draft:
     total += sum(w.value.size for w in weights if w.role == ROLE)
     table = cost(task.forward, step, weights, total)
     manifest = {
-        "format": "fedge-bundle/1",
+        "format": FORMAT,
+        "source": "onnx",
         "producer": f"fedge {_version()}",
         "loss": task.loss.name,
         "train": train if isinstance(train, str) else list(train),
@@ -111,8 +113,8 @@ def draft(task: Task, train: str | Sequence[str]) -> Draft:
         "target": {"dtype": task.loss.target, "shape": list(target.shape or ())},
         "params": [{"name": w.name, "shape": list(w.value.shape)} for w in weights],
         "slots": [slot._asdict() | {"shape": list(slot.shape)} for slot in slots],
-        "graphs": {"ort": _GRAPHS},
-        "patches": patches,
+        "graphs": {"onnx": _GRAPHS},
+        "patches": {"onnx": patches},
         "cost": table | _ram(task, step, weights, slots, members),
     }
     return Draft(manifest, members)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from coordinator.demo.settings import Settings
+from edge_sdk.engine import ENGINES
 
 EPILOG = """examples:
   fedge demo                                   ten devices, fifteen rounds, scikit-learn's digits
@@ -34,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     add("--model", type=Path, metavar="FILE", help="an ONNX model, float or QDQ int8")
     add("--data", type=Path, metavar="NPZ", help="its rows: x_train, y_train, client_train, ...")
     add("--train", default=d.train, metavar="SEL", help=f"what is trained ({d.train})")
-    add("--engine", default=d.engine, choices=["ort"], help="what runs the graphs")
+    add("--engine", default=d.engine, choices=["auto", *ENGINES], help="what runs the graphs")
     add("--codec", default=d.codec, metavar="C", help=f"preset of the updates' codec ({d.codec})")
     add(
         "--broker",

@@ -31,7 +31,7 @@ class Settings:
     model: Path | None = None
     data: Path | None = None
     train: str = "all"
-    engine: str = "ort"
+    engine: str = "auto"
     codec: str = "default"
     broker: str = "embedded"
     seed: int = 0

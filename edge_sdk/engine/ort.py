@@ -45,6 +45,8 @@ BRIEF_SPIN_SINCE = (1, 26)
 class Ort:
     """onnxruntime on the CPU with a fixed number of threads."""
 
+    format = "onnx"
+
     def __init__(self, threads: int = 1) -> None:
         _runtime()
         self._threads = threads
@@ -102,7 +104,7 @@ class OrtTraining:
         self._now = 0
         self._loss, self._lr, self._mu = (_buffer(()) for _ in range(3))
         self._anchors = [_buffer(p.shape) for p in initial] if bundle.manifest["proximal"] else []
-        self._session = engine.session(bundle.graph("ort", "train"))
+        self._session = engine.session(bundle.graph("onnx", "train"))
         self._bindings = tuple(self._bind(turn) for turn in (0, 1))
         self._x: Any = None
         self._y: Any = None
@@ -121,7 +123,7 @@ class OrtTraining:
     def evaluate(self, x: NDArray[Any], y: NDArray[Any]) -> tuple[float, int | None]:
         """Return the mean loss and the number right, if the graph says. Raises: EngineError."""
         if self._evaluation is None:
-            self._evaluation = self._engine.session(self._bundle.graph("ort", "evaluate"))
+            self._evaluation = self._engine.session(self._bundle.graph("onnx", "evaluate"))
         feed = {f"p.{i}": p for i, p in enumerate(self._params())}
         outputs = _guarded("evaluate", self._evaluation.run, None, {**feed, "x": x, "y": y})
         said = {o.name: v for o, v in zip(self._evaluation.get_outputs(), outputs, strict=True)}

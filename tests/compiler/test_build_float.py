@@ -58,18 +58,18 @@ def test_the_predict_graph_is_the_given_model() -> None:
     model = cnn()
     x, _ = blobs((1, 8, 8), 4, n=5)
     bundle = build(model, loss="cross_entropy")
-    made = onnx.load_from_string(bundle.member("ort/predict.onnx"))
+    made = onnx.load_from_string(bundle.member("onnx/predict.onnx"))
     assert [n.op_type for n in made.graph.node] == [n.op_type for n in model.graph.node]
     assert made.graph.input[0].name == X
     assert made.graph.output[0].name == Y
     expected = predict(model.SerializeToString(), x)
-    np.testing.assert_array_equal(predict(bundle.member("ort/predict.onnx"), x), expected)
+    np.testing.assert_array_equal(predict(bundle.member("onnx/predict.onnx"), x), expected)
 
 
 def test_export_without_training_is_byte_identical_and_with_it_holds_the_weights() -> None:
     x, y = blobs((6,), 3)
     run = Steps(build(mlp(), loss="cross_entropy", train="head.*"))
-    assert export(run.bundle, run.bundle.params()) == run.bundle.member("ort/predict.onnx")
+    assert export(run.bundle, run.bundle.params()) == run.bundle.member("onnx/predict.onnx")
     run.step(x, y)
     trained = export(run.bundle, run.params())
     stored = {t.name: t for t in onnx.load_from_string(trained).graph.initializer}
@@ -116,9 +116,9 @@ def test_a_last_softmax_is_left_to_the_loss(last: str) -> None:
     plain = Steps(build(mlp(), loss="cross_entropy"))
     topped = Steps(build(mlp(last=last), loss="cross_entropy"))
     assert [plain.step(x, y) for _ in range(5)] == [topped.step(x, y) for _ in range(5)]
-    softmax = Graph.load(topped.bundle.member("ort/train.onnx"))
+    softmax = Graph.load(topped.bundle.member("onnx/train.onnx"))
     assert [n.op for n in softmax.nodes].count("Softmax") == 0
-    assert predict(topped.bundle.member("ort/predict.onnx"), x).shape == (64, 3)
+    assert predict(topped.bundle.member("onnx/predict.onnx"), x).shape == (64, 3)
 
 
 def test_a_last_sigmoid_is_left_to_bce() -> None:
@@ -137,7 +137,7 @@ def test_a_last_sigmoid_is_left_to_bce() -> None:
 def test_an_example_with_several_labels_is_right_when_all_are() -> None:
     bundle = build(mlp(), loss="bce_logits")
     x, _ = blobs((6,), 3, n=20)
-    logits = predict(bundle.member("ort/predict.onnx"), x)
+    logits = predict(bundle.member("onnx/predict.onnx"), x)
     target = (logits > 0).astype(np.float32)
     assert evaluate(bundle, x, target)["correct"] == 20
     target[:5, 1] = 1 - target[:5, 1]
@@ -172,7 +172,7 @@ def test_every_operator_set_from_11_on_trains(opset: int) -> None:
     run = Steps(build(cnn(opset=opset), loss="cross_entropy", optimizer=momentum(0.9, lr=0.05)))
     losses = [run.step(x, y) for _ in range(15)]
     assert losses[-1] < losses[0]
-    train = onnx.load_from_string(run.bundle.member("ort/train.onnx"))
+    train = onnx.load_from_string(run.bundle.member("onnx/train.onnx"))
     assert train.opset_import[0].version == max(18, opset)
     assert train.ir_version <= 10
 
@@ -180,7 +180,7 @@ def test_every_operator_set_from_11_on_trains(opset: int) -> None:
 def test_a_model_newer_than_the_oldest_runtime_is_brought_down_to_it() -> None:
     x, y = blobs((6,), 3)
     bundle = build(mlp(opset=24), loss="cross_entropy")
-    predicts = onnx.load_from_string(bundle.member("ort/predict.onnx"))
+    predicts = onnx.load_from_string(bundle.member("onnx/predict.onnx"))
     assert predicts.opset_import[0].version == 22
     Steps(bundle).step(x, y)
 
@@ -195,7 +195,7 @@ def test_weights_in_constant_nodes_train() -> None:
     a, b = (Steps(build(m, loss="cross_entropy", name="n")) for m in (plain, model))
     assert list(a.bundle.shapes) == list(b.bundle.shapes)
     assert a.step(x, y) == b.step(x, y)
-    assert export(b.bundle, b.params()) != b.bundle.member("ort/predict.onnx")
+    assert export(b.bundle, b.params()) != b.bundle.member("onnx/predict.onnx")
 
 
 def test_tensors_named_like_the_bundles_own_do_not_collide() -> None:

@@ -68,7 +68,7 @@ def bundles(model: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch) -> tuple[Bu
 
 
 def step(bundle: Bundle, batch: int) -> list[Any]:
-    session = onnxruntime.InferenceSession(bundle.member("ort/train.onnx"))
+    session = onnxruntime.InferenceSession(bundle.member("onnx/train.onnx"))
     rng = np.random.default_rng(7)
     shape = bundle.manifest["input"]["shape"][1:]
     feeds = {"x": rng.standard_normal((batch, *shape), np.float32), "lr": np.array(0.1, np.float32)}
@@ -80,7 +80,7 @@ def step(bundle: Bundle, batch: int) -> list[Any]:
 
 
 def ops(bundle: Bundle) -> set[str]:
-    graph = onnx.load_from_string(bundle.member("ort/train.onnx")).graph
+    graph = onnx.load_from_string(bundle.member("onnx/train.onnx")).graph
     return {node.op_type for node in graph.node}
 
 
@@ -134,7 +134,7 @@ def test_a_step_over_turned_images_is_the_same_step(
     case: str, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     turned, plain = bundles(CASES[case](), monkeypatch)
-    assert turned.member("ort/train.onnx") != plain.member("ort/train.onnx")
+    assert turned.member("onnx/train.onnx") != plain.member("onnx/train.onnx")
     for got, want in zip(step(turned, batch), step(plain, batch), strict=True):
         np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-6)
 

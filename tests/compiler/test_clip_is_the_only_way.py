@@ -119,7 +119,7 @@ def test_the_clip_is_found_by_what_it_does_not_by_its_names() -> None:
 
 
 def test_what_is_clipped_is_each_gradient_once() -> None:
-    graph = onnxfile.read(memoryview(HEAVY.member("ort/train.onnx")))
+    graph = onnxfile.read(memoryview(HEAVY.member("onnx/train.onnx")))
     (stage,) = reach.clips(graph, LIMIT)
     assert len(stage.reads) == len(set(stage.reads)) == len(stage.makes) == 4
     everything = reach.reached(graph.nodes, {"x"})

@@ -77,7 +77,7 @@ def test_a_loop_of_fixed_length_is_repeated_and_learns(
     np.testing.assert_allclose(got, expected, atol=1e-5)
     bundle = build(model, loss="cross_entropy", optimizer=momentum(0.9, lr=0.1))
     assert "w" in bundle.shapes
-    np.testing.assert_allclose(predict(bundle.member("ort/predict.onnx"), X), expected, atol=1e-5)
+    np.testing.assert_allclose(predict(bundle.member("onnx/predict.onnx"), X), expected, atol=1e-5)
     run = Steps(bundle)
     losses = [run.step(X, LABELS) for _ in range(30)]
     assert losses[-1] < 0.5 * losses[0]
@@ -147,7 +147,7 @@ def test_a_scan_is_walked_row_by_row(backward: bool) -> None:
     model = scanned(5, backward=backward).dense("head", 20, 3).model()
     expected = session(model.SerializeToString()).run(None, {"input": x})[0]
     bundle = build(model, loss="cross_entropy", optimizer=momentum(0.9, lr=0.05))
-    np.testing.assert_allclose(predict(bundle.member("ort/predict.onnx"), x), expected, atol=1e-5)
+    np.testing.assert_allclose(predict(bundle.member("onnx/predict.onnx"), x), expected, atol=1e-5)
     assert "w" in bundle.shapes
     run = Steps(bundle)
     losses = [run.step(x, y) for _ in range(30)]
@@ -197,7 +197,7 @@ def test_branches_on_fixed_shapes_are_taken_nested_ones_too() -> None:
     bundle = build(model, loss="cross_entropy")
     assert "b" in bundle.shapes
     assert "a" not in bundle.shapes
-    np.testing.assert_allclose(predict(bundle.member("ort/predict.onnx"), X), expected, atol=1e-5)
+    np.testing.assert_allclose(predict(bundle.member("onnx/predict.onnx"), X), expected, atol=1e-5)
     with pytest.raises(CompileError, match="fixed condition in If node 'fork'"):
         load(chosen(asked(0), at=np.array(0, np.int64), six=np.array(3, np.int64)))
 

@@ -64,7 +64,7 @@ def test_below_the_first_trained_layer_all_is_computed_and_kept_in_integers(
     run = Steps(build(model, loss="cross_entropy", optimizer=momentum(0.9, lr=0.03), **WAYS[way]))
     lr = np.array(0.03, np.float32)
     feeds = {"x": X, "y": LABELS, "lr": lr, **run.state}
-    ran = kernels(run.bundle.member("ort/train.onnx"), feeds, tmp_path)
+    ran = kernels(run.bundle.member("onnx/train.onnx"), feeds, tmp_path)
     operators = [kernel["op_name"] for kernel in ran]
     convolutions = [n.op_type for n in MODELS[name].graph.node].count("Conv")
     assert operators.count("QLinearConv") == convolutions

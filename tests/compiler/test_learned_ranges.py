@@ -80,7 +80,7 @@ def test_the_exported_model_computes_what_training_saw(model: onnx.ModelProto) -
 
 
 def logits_of_training(bundle: Bundle, params: dict[str, Tensor]) -> Tensor:
-    graph = onnx.load_from_string(bundle.member("ort/evaluate.onnx"))
+    graph = onnx.load_from_string(bundle.member("onnx/evaluate.onnx"))
     name = next(n.input[0] for n in graph.graph.node if n.op_type == "LogSoftmax")
     graph.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
     feeds = {"x": X, "y": LABELS} | {f"p.{i}": v for i, v in enumerate(params.values())}
@@ -90,7 +90,7 @@ def logits_of_training(bundle: Bundle, params: dict[str, Tensor]) -> Tensor:
 
 def test_an_untrained_export_is_byte_identical(model: onnx.ModelProto) -> None:
     bundle = build(model, loss="cross_entropy", ranges="learned")
-    data = bundle.member("ort/predict.onnx")
+    data = bundle.member("onnx/predict.onnx")
     assert export(bundle, bundle.params()) == data
     np.testing.assert_array_equal(predict(data, X), predict(model.SerializeToString(), X))
     assert bundle.data == build(model, loss="cross_entropy", ranges="learned").data
@@ -110,7 +110,8 @@ def test_only_ranges_that_training_moves_are_learned(model: onnx.ModelProto) -> 
 
 def test_the_bias_of_a_frozen_layer_follows_its_learned_input(model: onnx.ModelProto) -> None:
     run, _ = trained(model, train=["conv1.weight"])
-    inputs = [p for p in run.bundle.manifest["patches"] if p["kind"] == "bias" and "input" in p]
+    patches = run.bundle.manifest["patches"]["onnx"]
+    inputs = [p for p in patches if p["kind"] == "bias" and "input" in p]
     assert len(inputs) == 3
     assert all(p["param"] is None and "weight_scale" in p for p in inputs)
     values = [biases(data) for data in (predict_of(run.bundle), export(run.bundle, run.params()))]
@@ -120,7 +121,7 @@ def test_the_bias_of_a_frozen_layer_follows_its_learned_input(model: onnx.ModelP
 
 
 def predict_of(bundle: Bundle) -> bytes:
-    return bundle.member("ort/predict.onnx")
+    return bundle.member("onnx/predict.onnx")
 
 
 def biases(data: bytes) -> dict[str, Tensor]:
@@ -184,7 +185,7 @@ def test_a_bias_that_follows_no_range_is_refused(
     model: onnx.ModelProto, change: dict[str, int], said: str
 ) -> None:
     bundle = build(model, loss="cross_entropy", ranges="learned")
-    patches = [p | change if "input" in p else p for p in bundle.manifest["patches"]]
+    patches = [p | change if "input" in p else p for p in bundle.manifest["patches"]["onnx"]]
     with pytest.raises(BundleError, match=said):
         repacked(bundle, patches)
 
@@ -194,14 +195,15 @@ def test_a_range_of_several_numbers_is_refused(model: onnx.ModelProto) -> None:
     names = list(bundle.shapes)
     patches = [
         p | {"param": names.index("head.bias")} if p["kind"] == "range" else p
-        for p in bundle.manifest["patches"]
+        for p in bundle.manifest["patches"]["onnx"]
     ]
     with pytest.raises(BundleError, match=r"a parameter of one number|is a range"):
         repacked(bundle, patches)
 
 
 def repacked(bundle: Bundle, patches: list[Any]) -> Bundle:
-    manifest = {k: v for k, v in bundle.manifest.items() if k != "members"} | {"patches": patches}
+    manifest = {k: v for k, v in bundle.manifest.items() if k != "members"}
+    manifest |= {"patches": {"onnx": patches}}
     return pack(manifest, {name: bundle.member(name) for name in bundle.manifest["members"]})
 
 

@@ -86,7 +86,7 @@ def test_a_batch_fixed_by_the_export_becomes_free(batch: int, opset: int) -> Non
     assert fixed.manifest["input"]["shape"] == [None, 1, 8, 8]
     assert fixed.manifest["output"]["shape"] == [None, 4]
     np.testing.assert_array_equal(
-        *(predict(b.member("ort/predict.onnx"), x) for b in (fixed, free))
+        *(predict(b.member("onnx/predict.onnx"), x) for b in (fixed, free))
     )
     assert Steps(fixed).step(x, y) == Steps(free).step(x, y)
 
@@ -116,7 +116,7 @@ def test_reshapes_that_spell_the_batch_out_are_freed(first: list[int], second: l
     bundle = build(model, loss="cross_entropy")
     rows = [predict(model.SerializeToString(), row[None]) for row in x[:5]]
     np.testing.assert_allclose(
-        predict(bundle.member("ort/predict.onnx"), x[:5]), np.concatenate(rows), atol=1e-5
+        predict(bundle.member("onnx/predict.onnx"), x[:5]), np.concatenate(rows), atol=1e-5
     )
     run = Steps(bundle)
     losses = [run.step(x, y) for _ in range(10)]
@@ -173,8 +173,9 @@ def test_weights_stored_as_lists_of_floats_are_found_in_the_bytes() -> None:
         tensor.CopyFrom(helper.make_tensor(tensor.name, 1, array.shape, array.ravel().tolist()))
         assert not tensor.raw_data
     bundle = build(model, loss="mse")
-    data = bundle.member("ort/predict.onnx")
-    for patch, value in zip(bundle.manifest["patches"], bundle.params().values(), strict=True):
+    data = bundle.member("onnx/predict.onnx")
+    patches = bundle.manifest["patches"]["onnx"]
+    for patch, value in zip(patches, bundle.params().values(), strict=True):
         at = patch["offset"]
         assert data[at : at + value.nbytes] == value.tobytes()
 

@@ -128,7 +128,7 @@ def test_a_size_that_nobody_can_tell_is_named() -> None:
 
 
 def test_large_constants_come_back_from_sizing() -> None:
-    graph = Graph.load(build(cnn(), loss="cross_entropy", train="last:1").graph("ort", "train"))
+    graph = Graph.load(build(cnn(), loss="cross_entropy", train="last:1").graph("onnx", "train"))
     sized = at_batch(graph, 4)
     assert sized.initializers is graph.initializers
     assert [v.name for v in sized.inputs] == [v.name for v in graph.inputs]
@@ -182,7 +182,7 @@ def test_the_cost_table_tells_of_every_batch_and_grows_with_it() -> None:
 
 def test_two_sets_of_weights_and_the_start_are_counted() -> None:
     bundle = build(mlp(), loss="cross_entropy")
-    graph = Graph.load(bundle.graph("ort", "train"))
+    graph = Graph.load(bundle.graph("onnx", "train"))
     plain = footprint(graph, held(bundle), 4)
     assert plain.weights == 3 * 4 * bundle.manifest["cost"]["trainable"]
     twice = footprint(graph, held(bundle)._replace(slots=1000, is_proximal=True), 4)
@@ -204,5 +204,5 @@ def test_fewer_trained_layers_take_less() -> None:
 
 @pytest.mark.parametrize("train", ["all", "bias", "last:1"])
 def test_every_size_of_an_ordinary_model_is_known(train: str) -> None:
-    graph = Graph.load(build(cnn(), loss="cross_entropy", train=train).graph("ort", "train"))
+    graph = Graph.load(build(cnn(), loss="cross_entropy", train=train).graph("onnx", "train"))
     assert schedule(graph, 8).unknown == ()

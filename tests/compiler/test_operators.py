@@ -134,4 +134,4 @@ def test_a_flat_operator_lets_training_go_on_around_it() -> None:
     net.last = "gated"
     bundle = build(net.dense("head", 3, 3).model(), loss="cross_entropy")
     assert "body.weight" in bundle.shapes
-    assert onnx.load_from_string(bundle.member("ort/train.onnx")).graph.node
+    assert onnx.load_from_string(bundle.member("onnx/train.onnx")).graph.node

@@ -90,7 +90,7 @@ def test_clip_bounds_the_joint_norm_and_leaves_shorter_gradients(norm: float) ->
 
 def test_clip_of_a_zero_gradient_is_zero() -> None:
     run = Steps(build(mlp(), loss="mse", train="head.bias", optimizer=chain(clip(1.0), sgd(lr=1))))
-    run.step(X, predict(run.bundle.member("ort/predict.onnx"), X))
+    run.step(X, predict(run.bundle.member("onnx/predict.onnx"), X))
     np.testing.assert_array_equal(run.params()["head.bias"], run.bundle.params()["head.bias"])
 
 

@@ -55,7 +55,7 @@ def test_a_quantized_network_is_rewritten_and_learns(
     assert np.abs(got - expected).max() <= step * 1.01
     assert np.mean(got != expected) < 0.02
     trained = Steps(build(model, loss="cross_entropy", optimizer=momentum(0.9, lr=0.03)))
-    assert {p["kind"] for p in trained.bundle.manifest["patches"]} == {"quantized", "bias"}
+    assert {p["kind"] for p in trained.bundle.manifest["patches"]["onnx"]} == {"quantized", "bias"}
     losses = [trained.step(X, LABELS) for _ in range(30)]
     assert losses[-1] < 0.7 * losses[0]
     export(trained.bundle, trained.params())
@@ -87,7 +87,7 @@ def test_dynamic_quantization_becomes_a_product_of_dequantized_factors(
     np.testing.assert_allclose(run(plain, x), run(model, x), atol=2e-2)
     np.testing.assert_allclose(np.median(np.abs(run(plain, x) - run(model, x))), 0, atol=1e-5)
     trained = Steps(build(model, loss="cross_entropy", optimizer=momentum(0.9, lr=0.05)))
-    assert "quantized" in {p["kind"] for p in trained.bundle.manifest["patches"]}
+    assert "quantized" in {p["kind"] for p in trained.bundle.manifest["patches"]["onnx"]}
     losses = [trained.step(x, y) for _ in range(40)]
     assert losses[-1] < 0.6 * losses[0]
 

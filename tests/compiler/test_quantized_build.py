@@ -82,12 +82,12 @@ def test_int8_models_train_and_come_out_as_int8(model: onnx.ModelProto) -> None:
 
 
 def predict_of(bundle: Bundle) -> bytes:
-    return bundle.member("ort/predict.onnx")
+    return bundle.member("onnx/predict.onnx")
 
 
 def logits_of_training(bundle: Bundle, params: dict[str, Tensor]) -> Tensor:
     """Run the fake-quantized forward pass of the evaluation graph up to its logits."""
-    graph = onnx.load_from_string(bundle.member("ort/evaluate.onnx"))
+    graph = onnx.load_from_string(bundle.member("onnx/evaluate.onnx"))
     name = next(n.input[0] for n in graph.graph.node if n.op_type == "LogSoftmax")
     graph.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
     feeds = {"x": X, "y": LABELS} | {f"p.{i}": v for i, v in enumerate(params.values())}
@@ -167,7 +167,7 @@ def optimized(data: bytes, path: Path) -> list[str]:
 
 def test_frozen_int8_layers_stay_on_integer_kernels(model: onnx.ModelProto, tmp_path: Path) -> None:
     bundle = build(model, loss="cross_entropy", train="head.*")
-    operators = optimized(bundle.member("ort/train.onnx"), tmp_path / "train.onnx")
+    operators = optimized(bundle.member("onnx/train.onnx"), tmp_path / "train.onnx")
     assert operators.count("QLinearConv") == 2
     assert operators.count("QGemm") == 1
     assert "Conv" not in operators
@@ -209,7 +209,7 @@ def test_two_trained_weights_of_one_scale_get_one_each() -> None:
         if node.input[0] == "head.weight_quantized":
             node.input[1] = scale
     run = Steps(build(model, loss="cross_entropy", optimizer=momentum(0.9, lr=0.03)))
-    patches = [p for p in run.bundle.manifest["patches"] if p["kind"] == "quantized"]
+    patches = [p for p in run.bundle.manifest["patches"]["onnx"] if p["kind"] == "quantized"]
     assert len({p["scale_offset"] for p in patches}) == len(patches) == 4
     for _ in range(10):
         run.step(X, LABELS)
@@ -225,7 +225,7 @@ def test_float_weights_that_are_quantized_on_the_way_are_stored_as_int8() -> Non
     np.testing.assert_array_equal(
         predict(predict_of(run.bundle), X), predict(model.SerializeToString(), X)
     )
-    kinds = {p["kind"] for p in run.bundle.manifest["patches"]}
+    kinds = {p["kind"] for p in run.bundle.manifest["patches"]["onnx"]}
     assert "quantized" in kinds
     losses = [run.step(X, LABELS) for _ in range(30)]
     assert losses[-1] < 0.6 * losses[0]
@@ -260,7 +260,7 @@ def test_an_int32_bias_outside_convolutions_trains_on_its_own_scale() -> None:
     net.add("BatchNormalization", *names).add("Flatten").dense("head", 16, 4)
     model = quantized(net.model(), X)
     run = Steps(build(model, loss="cross_entropy", train=["bn.shift", "head.*"]))
-    assert [p["kind"] for p in run.bundle.manifest["patches"]].count("bias") == 2
+    assert [p["kind"] for p in run.bundle.manifest["patches"]["onnx"]].count("bias") == 2
     for _ in range(10):
         run.step(X, LABELS, lr=0.1)
     came = predict(export(run.bundle, run.params()), X)
@@ -374,7 +374,7 @@ def test_the_quantizers_options_make_no_difference(options: dict[str, Any]) -> N
 def test_a_model_may_be_int8_in_part(operator: str) -> None:
     model = quantized(cnn(opset=17), X, op_types_to_quantize=[operator])
     run = Steps(build(model, loss="cross_entropy", optimizer=momentum(0.9, lr=0.03)))
-    kinds = {p["kind"] for p in run.bundle.manifest["patches"]}
+    kinds = {p["kind"] for p in run.bundle.manifest["patches"]["onnx"]}
     assert kinds == {"float32", "quantized", "bias"}
     losses = [run.step(X, LABELS) for _ in range(30)]
     assert losses[-1] < 0.7 * losses[0]

@@ -90,7 +90,7 @@ def test_a_recurrent_classifier_learns(op: str, way: str, opset: int) -> None:
     )
     assert list(bundle.shapes)[:3] == ["cell.w", "cell.r", "cell.b"]
     predict_ops = {
-        n.op_type for n in onnx.load_from_string(bundle.member("ort/predict.onnx")).graph.node
+        n.op_type for n in onnx.load_from_string(bundle.member("onnx/predict.onnx")).graph.node
     }
     assert op in predict_ops
     run = Steps(bundle)
@@ -100,7 +100,7 @@ def test_a_recurrent_classifier_learns(op: str, way: str, opset: int) -> None:
 
 def test_a_frozen_recurrent_layer_keeps_its_kernel() -> None:
     bundle = build(recurrent("LSTM").model(), loss="cross_entropy", train="head.*")
-    train = onnx.load_from_string(bundle.member("ort/train.onnx"))
+    train = onnx.load_from_string(bundle.member("onnx/train.onnx"))
     assert "LSTM" in {n.op_type for n in train.graph.node}
 
 
@@ -134,7 +134,7 @@ def test_a_group_normalized_network_learns() -> None:
     run = Steps(bundle)
     losses = [run.step(x, y) for _ in range(40)]
     assert losses[-1] < 0.5 * losses[0]
-    assert predict(bundle.member("ort/predict.onnx"), x).shape == (64, 3)
+    assert predict(bundle.member("onnx/predict.onnx"), x).shape == (64, 3)
 
 
 def test_an_einsum_with_a_stored_operand_learns() -> None:

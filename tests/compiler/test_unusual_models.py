@@ -63,7 +63,7 @@ def test_channels_of_any_axis_with_zero_points_of_their_own(axis: int) -> None:
     zeros[0] = -127  # no room below
     model = hand_quantized(integers, rng.uniform(0.001, 0.01, n), zeros, axis=axis)
     run = Steps(build(model, loss="cross_entropy", optimizer=momentum(0.9, lr=0.05)))
-    (patch,) = (p for p in run.bundle.manifest["patches"] if p["kind"] == "quantized")
+    (patch,) = (p for p in run.bundle.manifest["patches"]["onnx"] if p["kind"] == "quantized")
     assert (patch["axis"], patch["scales"]) == (axis % 2, n)
     assert patch["zero_point"] == zeros.tolist()
     for _ in range(10):
@@ -160,7 +160,7 @@ def test_constants_in_every_spelling_are_read(attribute: str, value: Any) -> Non
     if value is None:
         value = numpy_helper.from_array(np.array([2.0], np.float32))
     net.nodes.insert(0, helper.make_node("Constant", [], ["two"], **{attribute: value}))
-    assert predict(build(net.model(), loss="mse").member("ort/predict.onnx"), X).shape == (64, 3)
+    assert predict(build(net.model(), loss="mse").member("onnx/predict.onnx"), X).shape == (64, 3)
 
 
 def test_whole_number_constants_are_read_and_texts_refused() -> None:

@@ -70,7 +70,7 @@ def logits(name: str, x: Tensor) -> Tensor:
 def learns(bundle: Bundle, name: str) -> None:
     """The predict graph is torch's model, and the loss of one batch falls by half."""
     x, y = rows(name)
-    seen = predict(bundle.member("ort/predict.onnx"), x[:5])
+    seen = predict(bundle.member("onnx/predict.onnx"), x[:5])
     np.testing.assert_allclose(seen, logits(name, x[:5]), atol=1e-3)
     run = Steps(bundle)
     losses = [run.step(x, y) for _ in range(STEPS)]

@@ -98,10 +98,10 @@ def test_params_are_the_initial_values_in_the_manifests_order() -> None:
         assert params[name].flags.writeable
 
 
-def test_a_missing_member_or_engine_is_named() -> None:
-    with pytest.raises(BundleError, match=r"'ort/train.onnx'.*got 'x'"):
+def test_a_missing_member_or_graph_is_named() -> None:
+    with pytest.raises(BundleError, match=r"'onnx/train.onnx'.*got 'x'"):
         sample().member("x")
-    with pytest.raises(BundleError, match="not for 'tflite'"):
+    with pytest.raises(BundleError, match="expected a train graph in 'tflite', this bundle has"):
         sample().graph("tflite", "train")
 
 
@@ -175,7 +175,7 @@ def test_a_size_that_lies_takes_no_memory() -> None:
 @pytest.mark.parametrize(
     ("path", "value", "said"),
     [
-        ("format", "fedge-bundle/2", "format: expected 'fedge-bundle/1'"),
+        ("format", "fedge-bundle/1", "format: expected 'fedge-bundle/2'"),
         ("name", "", "name: "),
         ("name", DELETED, "name: expected a value, got None"),
         ("surprise", 1, "surprise: expected no such field"),
@@ -193,23 +193,28 @@ def test_a_size_that_lies_takes_no_memory() -> None:
         ("params.0.shape", [1 << 25, 1 << 25], "params: expected 212 bytes"),
         ("slots", [{"name": "s", "param": 4, "shape": []}], r"slots\[0\].param: "),
         ("slots", [{"name": "s", "param": 0, "shape": [1 << 25, 4]}], "slots: expected at most"),
-        ("graphs.ort.train", "ort/none.onnx", "graphs.ort.train: "),
-        ("graphs", {}, "graphs: "),
-        ("patches.0.kind", "float64", r"patches\[0\].kind: "),
-        ("patches.0.param", 9, r"patches\[0\].param: "),
-        ("patches.0.axis", 5, r"patches\[0\].axis: "),
-        ("patches.0.scales", 3, r"patches\[0\].scales: "),
-        ("patches.0.zero_point", 200, r"patches\[0\].zero_point: "),
-        ("patches.0.zero_point", [0, 0], r"patches\[0\].zero_point: "),
-        ("patches.0.offset", 1 << 30, "patches: expected bytes within"),
-        ("patches.3.offset", 0, None),
-        ("patches.1.weight", 3, r"patches\[1\].weight: "),
-        ("patches.1.weight_scale", [1.0], r"patches\[1\].weight: "),
-        ("patches.1.scales", 2, r"patches\[1\]."),
+        ("graphs.onnx.train", "none.onnx", "graphs.onnx.train: "),
+        ("graphs", {}, "graphs: expected onnx, and the same formats"),
+        ("source", "keras", "source: expected one of onnx, tflite"),
+        ("source", "tflite", "graphs: expected tflite"),
+        ("graphs.onnx.train", DELETED, "graphs: expected a training graph"),
+        ("graphs.onnx.evaluate", DELETED, "graphs.onnx: expected train and evaluate"),
+        ("patches.onnx.0.order", [0, 0], r"patches.onnx\[0\].order: expected each axis"),
+        ("patches.onnx.0.kind", "float64", r"patches.onnx\[0\].kind: "),
+        ("patches.onnx.0.param", 9, r"patches.onnx\[0\].param: "),
+        ("patches.onnx.0.axis", 5, r"patches.onnx\[0\].axis: "),
+        ("patches.onnx.0.scales", 3, r"patches.onnx\[0\].scales: "),
+        ("patches.onnx.0.zero_point", 200, r"patches.onnx\[0\].zero_point: "),
+        ("patches.onnx.0.zero_point", [0, 0], r"patches.onnx\[0\].zero_point: "),
+        ("patches.onnx.0.offset", 1 << 30, "patches.onnx: expected bytes within"),
+        ("patches.onnx.3.offset", 0, None),
+        ("patches.onnx.1.weight", 3, r"patches.onnx\[1\].weight: "),
+        ("patches.onnx.1.weight_scale", [1.0], r"patches.onnx\[1\].weight: "),
+        ("patches.onnx.1.scales", 2, r"patches.onnx\[1\]."),
         ("cost.operators", {"Conv": "three"}, "cost.operators.Conv: "),
         ("optimizer", "sgd", "optimizer: "),
-        ("patches.1.scales", 1, r"patches\[1\].weight: "),
-        ("patches.1.param", None, r"patches\[1\].shape: expected a shape"),
+        ("patches.onnx.1.scales", 1, r"patches.onnx\[1\].weight: "),
+        ("patches.onnx.1.param", None, r"patches.onnx\[1\].shape: expected a shape"),
         ("input", [], "input: expected an object"),
         ("cost", 3, "cost: expected an object"),
         ("train", float("nan"), "finite JSON"),
@@ -229,7 +234,7 @@ def test_a_manifest_out_of_place_is_one_line_that_names_the_field(
 
 def test_patches_that_write_the_same_bytes_are_refused() -> None:
     manifest, members = parts(sample())
-    manifest["patches"][3]["offset"] = manifest["patches"][0]["offset"] + 4
+    manifest["patches"]["onnx"][3]["offset"] = manifest["patches"]["onnx"][0]["offset"] + 4
     with pytest.raises(BundleError, match="no other patch"):
         pack(manifest, members)
 
@@ -243,8 +248,8 @@ def forged(change: dict[str, Any]) -> bytes:
 
 def test_a_member_with_a_wrong_digest_is_named() -> None:
     table = json.loads(sample().member("manifest.json"))["members"]
-    table["ort/train.onnx"] = {**table["ort/train.onnx"], "sha256": "0" * 64}
-    with pytest.raises(BundleError, match=r"member ort/train.onnx: its sha256"):
+    table["onnx/train.onnx"] = {**table["onnx/train.onnx"], "sha256": "0" * 64}
+    with pytest.raises(BundleError, match=r"member onnx/train.onnx: its sha256"):
         Bundle.from_bytes(forged({"members": table}))
 
 
@@ -257,11 +262,11 @@ def test_a_size_at_odds_with_the_member_is_named() -> None:
 
 def test_a_frozen_weights_scales_must_be_as_many_as_the_biases() -> None:
     manifest, members = parts(sample())
-    del manifest["patches"][1]["weight"]
-    manifest["patches"][1]["weight_scale"] = [1.0, 2.0]
+    del manifest["patches"]["onnx"][1]["weight"]
+    manifest["patches"]["onnx"][1]["weight_scale"] = [1.0, 2.0]
     with pytest.raises(BundleError, match=r"weight_scale: expected 1 or 5 numbers, got 2"):
         pack(manifest, members)
-    manifest["patches"][1] |= {"weight_scale": [1.0], "scales": 2}
+    manifest["patches"]["onnx"][1] |= {"weight_scale": [1.0], "scales": 2}
     with pytest.raises(BundleError, match=r"scales: expected 1 or 5, got 2"):
         pack(manifest, members)
 

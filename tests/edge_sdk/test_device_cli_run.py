@@ -249,12 +249,15 @@ def test_doctor_says_what_is_well_and_what_is_not(
     said = capsys.readouterr().out
     assert "lets us in" in said
     assert "examples(50)" in said
+    assert "ort 1." in said
+    assert "not litert: this bundle trains in onnx" in said
     board.config.write_text(f'broker = "mqtt://127.0.0.1:{free_port()}"\ntask = "toy"')
     assert device_cli.main(["doctor", "--config", str(board.config), "--json"]) == 4
     checks = {c["check"]: c for c in json.loads(capsys.readouterr().out)}
     assert not checks["broker"]["ok"]
     assert "start it" in checks["broker"]["says"]
     assert checks["packages"]["ok"]
+    assert "the first bundle decides" in checks["engine"]["says"]
 
 
 def test_status_shows_what_the_device_last_wrote(

@@ -10,21 +10,38 @@ import pytest
 from hand_bundles import examples, mlp
 
 from edge_sdk import engine as engines
-from edge_sdk.engine import open_engine
+from edge_sdk.engine import choose, open_engine
 from edge_sdk.errors import EngineError
+
+OTHER = engines.Runtime("edge_sdk.engine.other:Other", "other", "fedge[other]", "onnx")
 
 
 def test_an_unknown_engine_is_named_with_the_known_ones() -> None:
-    with pytest.raises(EngineError, match=r"\['ort'\], got 'tflight'"):
+    known = r"\['auto', 'ort', 'litert', 'tflite'\], got 'tflight'"
+    with pytest.raises(EngineError, match=known):
         open_engine(mlp(), "tflight")
 
 
-def test_a_bundle_without_graphs_for_the_engine_says_which_it_has(
+def test_an_engine_that_the_bundle_has_no_graphs_for_says_which_it_has() -> None:
+    with pytest.raises(EngineError, match="this bundle trains in onnx, not in tflite"):
+        open_engine(mlp(), "litert")
+
+
+def test_the_first_engine_that_is_installed_and_fits_is_picked_and_the_others_reasons_said(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(engines.ENGINES, "other", ("edge_sdk.engine.other:Other", "other", "x"))
-    with pytest.raises(EngineError, match=r"graphs for \['ort'\], not for 'other'"):
-        open_engine(mlp(), "other")
+    monkeypatch.setattr(engines, "ENGINES", {"other": OTHER, **engines.ENGINES})
+    chosen, reasons = choose(mlp().manifest)
+    assert chosen == "ort"
+    assert reasons["other"] == "other is not installed; pip install 'fedge[other]'"
+    assert "not in tflite" in reasons["litert"]
+    assert choose(mlp().manifest, "ort").engine == "ort"
+
+
+def test_what_comes_after_the_pick_is_said_to_come_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    later = engines.ENGINES["ort"]
+    monkeypatch.setattr(engines, "ENGINES", {**engines.ENGINES, "later": later})
+    assert choose(mlp().manifest).reasons["later"] == "ort comes first"
 
 
 def test_no_threads_is_an_error() -> None:
@@ -52,7 +69,7 @@ def test_a_batch_that_does_not_fit_is_one_line() -> None:
     bundle = mlp()
     opened = open_engine(bundle)
     with pytest.raises(EngineError, match="could not predict") as caught:
-        opened.predictor(bundle.graph("ort", "predict")).run(np.zeros((2, 99), np.float32))
+        opened.predictor(bundle.graph("onnx", "predict")).run(np.zeros((2, 99), np.float32))
     assert "\n" not in str(caught.value)
     x, y = examples(4)
     with pytest.raises(EngineError, match="could not train"):

@@ -341,10 +341,10 @@ def test_examples_of_another_width_are_refused() -> None:
 @pytest.mark.parametrize("bundle", [MOMENTUM, INT8], ids=["float32", "int8"])
 def test_patches_write_weights_and_nothing_else(bundle: Bundle) -> None:
     def shifted(manifest: dict[str, Any]) -> None:
-        manifest["patches"][0]["offset"] -= 12
+        manifest["patches"]["onnx"][0]["offset"] -= 12
 
     def missized(manifest: dict[str, Any]) -> None:
-        first, second = manifest["patches"][0], manifest["patches"][1]
+        first, second = manifest["patches"]["onnx"][0], manifest["patches"]["onnx"][1]
         first["offset"], second["offset"] = second["offset"], first["offset"]
 
     line = refusal(planted(bundle, manifest=shifted))
@@ -388,12 +388,13 @@ def test_a_bundle_beyond_the_limits_is_refused(limit: str, value: int, reason: s
     assert reason in refusal(MOMENTUM, Limits(**{limit: value}))
 
 
-def test_a_bundle_for_another_engine_cannot_be_judged() -> None:
+def test_a_bundle_of_another_format_cannot_be_judged() -> None:
     def moved(manifest: dict[str, Any]) -> None:
-        manifest["graphs"]["litert"] = manifest["graphs"].pop("ort")
-        manifest["patches"] = []
+        manifest["graphs"]["tflite"] = manifest["graphs"].pop("onnx")
+        manifest["patches"] = {"tflite": []}
+        manifest["source"] = "tflite"
 
-    assert refusal(planted(MOMENTUM, manifest=moved)) == "expected graphs for ort, got ['litert']"
+    assert refusal(planted(MOMENTUM, manifest=moved)) == "expected onnx graphs, got ['tflite']"
 
 
 def test_declared_memory_counts_and_what_is_not_declared_is_counted_anyway() -> None:

@@ -21,7 +21,7 @@ from edge_sdk.onnxfile import OnnxFile
 from edge_sdk.protobuf import Reader, Span, signed
 
 BUNDLE = mlp(momentum=True, quantized=True)
-MODELS = [BUNDLE.member(f"ort/{role}.onnx") for role in ("predict", "train", "evaluate")]
+MODELS = [BUNDLE.member(f"onnx/{role}.onnx") for role in ("predict", "train", "evaluate")]
 
 
 def read(data: bytes) -> OnnxFile:

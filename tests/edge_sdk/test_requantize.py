@@ -15,7 +15,7 @@ from edge_sdk.requantize import TINY, along, requantize, scale_of
 
 
 def original(bundle: Bundle) -> bytes:
-    return bundle.graph("ort", "predict")
+    return bundle.graph("onnx", "predict")
 
 
 def read(model: bytes, patch: dict, count: int, dtype: str, key: str = "offset") -> np.ndarray:
@@ -33,7 +33,7 @@ def test_a_float_model_holds_the_new_values_and_nothing_else_moved() -> None:
     params = bundle.params()
     params["w2"] += 1
     model = requantize(bundle, params)
-    patch = bundle.manifest["patches"][2]
+    patch = bundle.manifest["patches"]["onnx"][2]
     np.testing.assert_array_equal(read(model, patch, 15, "<f4").reshape(5, 3), params["w2"])
     at, end = patch["offset"], patch["offset"] + 60
     assert (model[:at], model[end:]) == (original(bundle)[:at], original(bundle)[end:])
@@ -45,7 +45,7 @@ def test_weights_and_scales_follow_the_numpy_reference() -> None:
     trained = initial((6, 5, 3), 9)
     params |= {"w1": trained["w1"], "w2": trained["w2"]}
     model = requantize(bundle, params)
-    per_channel, bias, per_tensor, _ = bundle.manifest["patches"]
+    per_channel, bias, per_tensor, _ = bundle.manifest["patches"]["onnx"]
     for patch, name, axis in ((per_channel, "w1", 1), (per_tensor, "w2", None)):
         q, scale = quantize(params[name], axis)
         np.testing.assert_array_equal(read(model, patch, q.size, "i1").reshape(q.shape), q)
@@ -64,7 +64,7 @@ def test_a_trained_bias_keeps_the_original_scale_of_an_untrained_weight() -> Non
     params = bundle.params()
     params["b1"] += np.float32(0.25)
     model = requantize(bundle, params)
-    bias = bundle.manifest["patches"][1]
+    bias = bundle.manifest["patches"]["onnx"][1]
     for key in ("scale_offset",):
         np.testing.assert_array_equal(
             read(model, bias, 5, "<f4", key), read(original(bundle), bias, 5, "<f4", key)
@@ -78,12 +78,12 @@ def with_input_range(**bias: object) -> Bundle:
     manifest = {k: v for k, v in bundle.manifest.items() if k != "members"}
     members = {k: bundle.member(k) for k in bundle.manifest["members"]}
     at = original(bundle).find(np.float32(INPUT_SCALE).tobytes())
-    n, patches = len(bundle.shapes), list(manifest["patches"])
+    n, patches = len(bundle.shapes), list(manifest["patches"]["onnx"])
     patches[1] = {**patches[1], "input": n, **bias}
     patches.append({"param": n, "kind": "range", "offset": at})
     changed = {
         "params": [*manifest["params"], {"name": "x.range", "shape": []}],
-        "patches": patches,
+        "patches": {"onnx": patches},
     }
     members["params.bin"] += np.float32(0).tobytes()
     return pack({**manifest, **changed}, members)
@@ -95,7 +95,7 @@ def test_a_learned_range_rescales_its_step_and_the_bias_that_follows_it() -> Non
     params = bundle.params()
     params["x.range"] = np.full((), 0.375, np.float32)  # times four: one octave and a half
     model = requantize(bundle, params)
-    bias, step = bundle.manifest["patches"][1], bundle.manifest["patches"][-1]
+    bias, step = bundle.manifest["patches"]["onnx"][1], bundle.manifest["patches"]["onnx"][-1]
     assert read(model, step, 1, "<f4")[0] == np.float32(INPUT_SCALE) * 2 * np.float32(1.5)
     before, after = (
         read(data, bias, 5, "<f4", "scale_offset") for data in (original(bundle), model)
@@ -128,10 +128,10 @@ def test_a_frozen_bias_follows_the_new_scale_of_its_weight() -> None:
     bundle = mlp(quantized=True)
     manifest = {k: v for k, v in bundle.manifest.items() if k != "members"}
     members = {k: bundle.member(k) for k in bundle.manifest["members"]}
-    bias = {**manifest["patches"][1], "param": None, "shape": [5]}
-    patches = list(manifest["patches"])
+    bias = {**manifest["patches"]["onnx"][1], "param": None, "shape": [5]}
+    patches = list(manifest["patches"]["onnx"])
     patches[1] = bias
-    frozen = pack({**manifest, "patches": patches}, members)
+    frozen = pack({**manifest, "patches": {"onnx": patches}}, members)
     params = frozen.params()
     params["w1"] *= np.float32(3)
     model = requantize(frozen, params)
@@ -146,9 +146,9 @@ def test_a_given_weight_scale_sets_the_bias_scale() -> None:
     bundle = mlp(quantized=True)
     manifest = {k: v for k, v in bundle.manifest.items() if k != "members"}
     members = {k: bundle.member(k) for k in bundle.manifest["members"]}
-    patches = list(manifest["patches"])
+    patches = list(manifest["patches"]["onnx"])
     patches[1] = {k: v for k, v in patches[1].items() if k != "weight"} | {"weight_scale": [0.5]}
-    other = pack({**manifest, "patches": patches}, members)
+    other = pack({**manifest, "patches": {"onnx": patches}}, members)
     params = other.params()
     params["b1"] += 1
     model = requantize(other, params)
@@ -187,9 +187,9 @@ def test_a_weight_of_zeros_takes_the_least_scale_and_a_huge_bias_is_clipped() ->
     params["b1"][...] = [1e30, -1e30, 0, 1, -1]
     with np.errstate(all="raise", under="ignore"):
         model = requantize(bundle, params)
-    bias = read(model, bundle.manifest["patches"][1], 5, "<i4")
+    bias = read(model, bundle.manifest["patches"]["onnx"][1], 5, "<i4")
     assert list(bias[:3]) == [2**31 - 1, -(2**31), 0]
-    assert not read(model, bundle.manifest["patches"][0], 30, "i1").any()
+    assert not read(model, bundle.manifest["patches"]["onnx"][0], 30, "i1").any()
 
 
 @settings(max_examples=60, deadline=None)

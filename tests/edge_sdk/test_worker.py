@@ -230,7 +230,7 @@ def test_an_answer_that_is_not_a_result_is_a_failure(tmp_path: Path, said: str) 
 def test_weights_that_end_as_nan_never_leave_the_child(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    request = ChildTrainer()._request(job_in(tmp_path, Budget()))
+    request = ChildTrainer().request(job_in(tmp_path, Budget()))
     real = Trainer.delta
     monkeypatch.setattr(Trainer, "delta", lambda t: {k: v * np.nan for k, v in real(t).items()})
     with pytest.raises(ValueError, match="not finite"):
@@ -248,7 +248,7 @@ def test_memory_that_runs_out_takes_the_child_alone(tmp_path: Path) -> None:
 
 def test_the_child_is_nice_goes_first_and_loads_no_network_library(tmp_path: Path) -> None:
     job = job_in(tmp_path, Budget())
-    request = ChildTrainer(nice=10)._request(job)
+    request = ChildTrainer(nice=10).request(job)
     script = textwrap.dedent("""
         import atexit, os, sys
         def tell():
@@ -271,7 +271,7 @@ def test_the_child_is_nice_goes_first_and_loads_no_network_library(tmp_path: Pat
 
 
 def test_an_orphan_does_nothing(tmp_path: Path) -> None:
-    request = {**ChildTrainer()._request(job_in(tmp_path, Budget())), "parent": 1 << 30}
+    request = {**ChildTrainer().request(job_in(tmp_path, Budget())), "parent": 1 << 30}
     done = subprocess.run(
         [sys.executable, "-m", "edge_sdk.worker"],
         input=json.dumps(request),

@@ -162,7 +162,7 @@ class Steps:
 
     def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
-        self.runs = session(bundle.member("ort/train.onnx"))
+        self.runs = session(bundle.member("onnx/train.onnx"))
         self.outputs = [o.name for o in self.runs.get_outputs()]
         self.reset()
 
@@ -202,7 +202,7 @@ def evaluate(
     bundle: Bundle, x: Tensor, y: Tensor, params: Mapping[str, Tensor] | None = None
 ) -> dict[str, Any]:
     """Run a bundle's evaluation graph."""
-    runs = session(bundle.member("ort/evaluate.onnx"))
+    runs = session(bundle.member("onnx/evaluate.onnx"))
     values = (bundle.params() if params is None else params).values()
     feeds = {"x": x, "y": y} | {f"p.{i}": value for i, value in enumerate(values)}
     names = [o.name for o in runs.get_outputs()]

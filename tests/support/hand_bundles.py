@@ -39,9 +39,9 @@ def mlp(
     else:
         predict, patches = _float_predict(params, sizes)
     members = {
-        "ort/predict.onnx": predict,
-        "ort/train.onnx": _train(params, loss, momentum=momentum, proximal=proximal),
-        "ort/evaluate.onnx": _evaluate(params, loss),
+        "onnx/predict.onnx": predict,
+        "onnx/train.onnx": _train(params, loss, momentum=momentum, proximal=proximal),
+        "onnx/evaluate.onnx": _evaluate(params, loss),
         "params.bin": b"".join(params[n].astype("<f4").tobytes() for n in NAMES),
     }
     return bundles.pack(
@@ -332,7 +332,8 @@ def _manifest(
         for i, n in enumerate(NAMES)
     ]
     return {
-        "format": "fedge-bundle/1",
+        "format": "fedge-bundle/2",
+        "source": "onnx",
         "name": "hand",
         "producer": "fedge tests",
         "loss": loss,
@@ -352,13 +353,13 @@ def _manifest(
         "params": names,
         "slots": slots if momentum else [],
         "graphs": {
-            "ort": {
-                "predict": "ort/predict.onnx",
-                "train": "ort/train.onnx",
-                "evaluate": "ort/evaluate.onnx",
+            "onnx": {
+                "predict": "onnx/predict.onnx",
+                "train": "onnx/train.onnx",
+                "evaluate": "onnx/evaluate.onnx",
             }
         },
-        "patches": patches,
+        "patches": {"onnx": patches},
         "cost": {
             "params": numbers,
             "trainable": numbers,

@@ -55,7 +55,7 @@ class InDouble:
     """Call it with parameters to get the loss on `x`, `y` as float64."""
 
     def __init__(self, bundle: Bundle, x: Tensor, y: Tensor) -> None:
-        model = onnx.load_from_string(bundle.member("ort/evaluate.onnx"))
+        model = onnx.load_from_string(bundle.member("onnx/evaluate.onnx"))
         self.runs: Any = ReferenceEvaluator(doubled(model), new_ops=[Conv, MaxPool])
         self.feeds = {"x": _widened(x), "y": _widened(y)}
 

@@ -26,7 +26,7 @@ def planted(
     """Return the bundle with one graph changed, as a model or as bytes, or its manifest changed."""
     table = copy.deepcopy(bundle.manifest)
     members = {name: bundle.member(name) for name in table.pop("members")}
-    name = table["graphs"]["ort"][role]
+    name = table["graphs"]["onnx"][role]
     if change is not None:
         model = onnx.load_from_string(members[name])
         change(model)
