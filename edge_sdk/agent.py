@@ -121,7 +121,7 @@ class Agent:
         self._conditions_at = self._status_at = self._bad_logged_at = float("-inf")
         self._lapsed: tuple[str, ...] = ()
         self._written: dict[str, Any] = {}
-        self._thread = threading.Thread(target=self._run, name="fedge-agent", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"fedge-agent-{key.id}", daemon=True)
 
     # --- from other threads -------------------------------------------------------------------
     def start(self) -> None:

@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from edge_sdk.bundle import Bundle
     from edge_sdk.device import Device
     from edge_sdk.device_config import DeviceConfig
+    from edge_sdk.training import LocalTraining
 
 log = logging.getLogger(__name__)
 
 EXAMPLE = """example:
   fedge device run --config device.toml
+  fedge device run --config a/device.toml --config b/device.toml     two devices, one process
   fedge device status --config device.toml --json"""
 STATUS_ROWS = (
     "device",
@@ -54,21 +56,63 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Take part until SIGTERM or SIGINT, then leave within a few seconds."""
+    """Take part until SIGTERM or SIGINT, then leave within a few seconds.
+
+    Several configurations make several devices in this process, each with its own identity, state
+    folder, connection and outbox. They take turns with one training child.
+    """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its threads cost memory
-    config = _config(args)
-    _log_to_stderr(config.log_level)
+    configs = _configs(args.config)
+    _log_to_stderr(configs[0].log_level, is_host=len(configs) > 1)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    with _device(config) as device:
-        log.info("device id=%s task=%s state=%s", device.id, config.task, _state(config))
-        source = _source(config, device, stop)
+    trainer = _one_child(configs)
+    devices: list[Device] = []
+    sources: list[threading.Thread | None] = []
+    try:
+        for config in configs:
+            devices.append(_device(config, trainer))
+            devices[-1].start()
+            log.info("device id=%s task=%s state=%s", devices[-1].id, config.task, _state(config))
+            sources.append(_source(config, devices[-1], stop))
         stop.wait()
         log.info("stopping")
-    if source is not None:
-        source.join(2.0)
+    finally:
+        stop.set()
+        _close(devices)
+    for source in sources:
+        if source is not None:
+            source.join(2.0)
     return 0
+
+
+def _configs(paths: Sequence[str]) -> list[DeviceConfig]:
+    from edge_sdk import device_config
+
+    configs = [device_config.load(path) for path in paths]
+    states = [_state(config).resolve() for config in configs]
+    if shared := {str(state) for state in states if states.count(state) > 1}:
+        raise ConfigError(f"expected a state folder of its own for each device, got {shared} twice")
+    return configs
+
+
+def _one_child(configs: Sequence[DeviceConfig]) -> LocalTraining | None:
+    """Return what trains for all of several devices; None leaves a device to itself."""
+    if len(configs) == 1:
+        return None
+    from edge_sdk.lasting import LastingTrainer
+
+    return LastingTrainer()
+
+
+def _close(devices: Sequence[Device]) -> None:
+    """Leave with all at once: one that waits for its broker must not hold the others up."""
+    leaving = [threading.Thread(target=device.close) for device in devices]
+    for thread in leaving:
+        thread.start()
+    for thread in leaving:
+        thread.join()
 
 
 def status(args: argparse.Namespace) -> int:
@@ -147,7 +191,14 @@ def _parser() -> argparse.ArgumentParser:
             description=f"{about[0].upper()}{about[1:]}.",
             epilog=f"example: fedge device {command.__name__} --config device.toml",
         )
-        sub.add_argument("--config", required=True, metavar="FILE", help="device.toml")
+        is_run = command is run
+        sub.add_argument(
+            "--config",
+            required=True,
+            metavar="FILE",
+            action="append" if is_run else "store",
+            help="device.toml; again for more devices in this process" if is_run else "device.toml",
+        )
         sub.set_defaults(command=command)
         if command in {status, doctor}:
             sub.add_argument("--json", action="store_true", help="for machines")
@@ -168,7 +219,7 @@ def _state(config: DeviceConfig) -> Path:
     return config.state or default_state(config.task)
 
 
-def _device(config: DeviceConfig) -> Device:
+def _device(config: DeviceConfig, trainer: LocalTraining | None) -> Device:
     from edge_sdk.device import Device
 
     return Device(
@@ -189,6 +240,7 @@ def _device(config: DeviceConfig) -> Device:
         keepalive_s=config.keepalive_s,
         outbox_bytes=config.outbox_bytes,
         limits=config.limits,
+        trainer=trainer,
     )
 
 
@@ -216,10 +268,12 @@ def _serve(config: DeviceConfig, device: Device) -> Callable[[threading.Event], 
     return Folder(folder, device, journal=journal, label=source.label, poll_s=source.poll_s).run
 
 
-def _log_to_stderr(level: str) -> None:
+def _log_to_stderr(level: str, *, is_host: bool) -> None:
     handler = logging.StreamHandler(sys.stderr)
     stamp = "" if os.environ.get("JOURNAL_STREAM") else "%(asctime)s "
-    handler.setFormatter(logging.Formatter(f"{stamp}level=%(levelname)s at=%(name)s %(message)s"))
+    who = "thread=%(threadName)s " if is_host else ""  # which names the device
+    line = f"{stamp}level=%(levelname)s at=%(name)s {who}%(message)s"
+    handler.setFormatter(logging.Formatter(line))
     logging.basicConfig(level=level.upper(), handlers=[handler])
 
 
