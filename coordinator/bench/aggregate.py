@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from coordinator import aggregators
+from coordinator import sums
 from coordinator.bench.codec import CODECS, best_ms, heavy, shapes_of
 from edge_sdk import codec, params
 from edge_sdk.types import Shapes
@@ -31,17 +31,17 @@ def measure(
 
 def _measure(name: str, count: int, shapes: Shapes, repeat: int) -> dict[str, Any]:
     blobs = [_encode(name, count, shapes, seed) for seed in range(DEVICES)]
-    state = aggregators.init(count)
+    state = sums.init(count)
 
     def fold() -> None:
         nonlocal state
         for examples, blob in enumerate(blobs, 1):
             update = codec.lattice(blob, shapes)
-            state = aggregators.add(state, update, aggregators.weight_of(examples))
+            state = sums.add(state, update, sums.weight_of(examples))
 
     total_ms, _ = best_ms(fold, repeat)
     size = sum(map(len, blobs)) / DEVICES
-    result_ms, _ = best_ms(lambda: aggregators.result(state), repeat)
+    result_ms, _ = best_ms(lambda: sums.mean(state), repeat)
     return {
         "codec": name,
         "params": count,

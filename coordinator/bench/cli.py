@@ -6,13 +6,18 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+from edge_sdk.engine import ENGINES
+
 EXAMPLES = """examples:
-  fedge bench step                           all four models, next to torch where it is installed
+  fedge bench step                           four models: all, head, bias and int8 head
   fedge bench step --model dscnn --json      one of them, for machines
-  fedge bench step --model mine.onnx         your own
+  fedge bench step --model mine.onnx --mode all --batch 4
+  fedge bench step --engine all              every engine that is installed, in one run
+  fedge bench step --peer onnxruntime-training --peer-python VENV/bin/python
   fedge bench step --device                  memory of a device: the application and its training
   fedge bench memory                         memory to train, predicted and measured
   fedge bench int8                           accuracy of int8 training next to float32
@@ -23,6 +28,8 @@ Tables = Mapping[str, Sequence[Mapping[str, Any]]]
 """What a measurement gives: rows of named fields, by the name of their table."""
 
 MODELS = ("dscnn", "resnet8", "mobilenet", "autoencoder")
+MODES = ("all", "head", "bias", "int8")
+PEERS = ("torch", "onnxruntime-training")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -44,13 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     kinds = parser.add_subparsers(required=True, metavar="step|memory|int8|codec|aggregate")
-    step = _kind(kinds, "step", "one training step, next to torch in eager mode", _step)
-    step.add_argument("--model", help="a recipe's name or an ONNX file (the four of MLPerf Tiny)")
-    step.add_argument("--loss", help="of a model from a file (cross_entropy)")
-    step.add_argument("--batch", type=int, default=16, help="rows of a step (16)")
-    step.add_argument("--threads", type=int, default=2, help="of both sides (2)")
-    step.add_argument("--repeat", type=int, default=15, help="turns of ten steps each (15)")
-    step.add_argument("--device", action="store_true", help="memory of a device instead of time")
+    _add_step(_kind(kinds, "step", "one training step: time and memory, next to torch's", _step))
     memory = _kind(kinds, "memory", "memory to train, predicted and measured", _memory)
     memory.add_argument("--model", help="a recipe's name or an ONNX file (six recipes)")
     memory.add_argument("--loss", help="of a model from a file (cross_entropy)")
@@ -66,6 +67,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_step(step: argparse.ArgumentParser) -> None:
+    step.add_argument(
+        "--model", nargs="+", help="recipes or ONNX files (the four of MLPerf Tiny)", default=MODELS
+    )
+    step.add_argument(
+        "--mode", nargs="+", choices=MODES, default=MODES, help="what is trained (every mode)"
+    )
+    step.add_argument("--loss", help="of a model from a file (cross_entropy)")
+    step.add_argument("--batch", nargs="+", type=int, default=(16,), help="rows of a step (16)")
+    step.add_argument("--threads", type=int, default=2, help="of every side (2)")
+    step.add_argument("--repeat", type=int, default=15, help="turns of ten steps each (15)")
+    step.add_argument(
+        "--engine", nargs="+", choices=[*ENGINES, "all"], default=("ort",), help="of ours (ort)"
+    )
+    step.add_argument("--peer", nargs="+", choices=PEERS, default=PEERS[:1], help="rivals (torch)")
+    step.add_argument("--peer-python", metavar="EXE", help="that has onnxruntime-training")
+    step.add_argument("--tflite-python", metavar="EXE", help="that has tflite-runtime")
+    step.add_argument("--device", action="store_true", help="memory of a device instead of time")
+
+
 def _kind(
     kinds: Any, name: str, about: str, run: Callable[[argparse.Namespace], Tables]
 ) -> argparse.ArgumentParser:
@@ -79,12 +100,24 @@ def _step(args: argparse.Namespace) -> Tables:
     if args.device:
         from coordinator.bench import device
 
-        return {"device": [device.measure(args.model or "dscnn")]}
+        model = "dscnn" if args.model is MODELS else args.model[0]
+        return {"device": [device.measure(model)]}
     from coordinator.bench import step
 
-    models = [args.model] if args.model else MODELS
-    settings = {"batch": args.batch, "threads": args.threads, "repeat": args.repeat}
-    return {"step": [step.measure(model, loss=args.loss, **settings) for model in models]}
+    engines = tuple(ENGINES) if "all" in args.engine else tuple(args.engine)
+    rows: list[Mapping[str, Any]] = []
+    for model, mode, batch in product(args.model, args.mode, args.batch):
+        how = step.Settings(
+            batch=batch,
+            threads=args.threads,
+            repeat=args.repeat,
+            engines=engines,
+            peers=tuple(args.peer),
+            peer_python=args.peer_python,
+            tflite_python=args.tflite_python,
+        )
+        rows += step.measure(model, mode, loss=args.loss, settings=how)
+    return {"step": rows}
 
 
 def _memory(args: argparse.Namespace) -> Tables:
@@ -118,15 +151,17 @@ def _aggregate(args: argparse.Namespace) -> Tables:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Lay rows out below each other; a single row as one line a field."""
+    """Lay rows out below each other, what they share above; a single row as one line a field."""
     if len(rows) == 1:
         width = max(len(name) for name in rows[0])
         return "\n".join(f"{name:<{width}}  {_cell(value)}" for name, value in rows[0].items())
-    names = list(rows[0])
+    shared = {k: v for k, v in rows[0].items() if all(row.get(k) == v for row in rows)}
+    names = [name for name in rows[0] if name not in shared]
     cells = [names, *[[_cell(row.get(name)) for name in names] for row in rows]]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in cells]
-    return "\n".join(lines)
+    said = "  ".join(f"{k} {_cell(v)}" for k, v in shared.items() if v not in {None, ""})
+    return "\n".join([said, *lines] if said else lines)
 
 
 def _cell(value: Any) -> str:

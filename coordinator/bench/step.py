@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training step, ours and torch's: same weights, batches, optimizer and threads, in turn.
+"""A training step, ours and a rival's: same weights, batches, optimizer and threads, in turn.
 
 Each runs in a process of its own, so that the peak of memory is honest. No time is given before the
 losses of the first ten steps agree. Repetitions alternate, so that a busy machine is as unkind to
@@ -8,24 +8,22 @@ the one as to the other, and what is compared are medians.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import statistics
+import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import NamedTuple, TypedDict
 
-import numpy as np
-
-from coordinator.bench import plan, recipes
-from coordinator.bench.child import BATCHES, Child, started
-from coordinator.compiler import build, momentum
-from edge_sdk.bundle import Bundle
+from coordinator.bench import rivals
+from coordinator.bench.cases import MODES, Case, prepare
+from coordinator.bench.child import Child, started
+from coordinator.bench.rivals import Rival
+from edge_sdk.engine import ENGINES
 from edge_sdk.errors import ConfigError, EngineError
-from edge_sdk.params import count
 
-LR, DECAY = 0.001, 0.9
 AGREE = 1e-4
 """By how much the losses of the first steps may differ, relative to losses above 1."""
 COMPARED = 10
@@ -34,107 +32,193 @@ COMPARED = 10
 WARM, STEPS = 3, 10
 """After a turn, steps that do not count, and steps that do."""
 
+TWIN = "float32"
+"""The rival of an int8 model: what it was quantized from."""
+
+_MIB = 1 << 20
+
+
+class Settings(NamedTuple):
+    """How to measure, whatever the model."""
+
+    batch: int = 16
+    threads: int = 2
+    repeat: int = 15
+    engines: tuple[str, ...] = ("ort",)
+    peers: tuple[str, ...] = (rivals.TORCH,)
+    peer_python: str | None = None
+    tflite_python: str | None = None
+
 
 class Side(NamedTuple):
-    """The median of a step, ms, and the peak of memory, MiB, of one side."""
+    """The median of a step, ms, and the peak of memory, MiB, whole and what training added."""
 
     ms: float
     rss_mib: float
+    added_mib: float | None = None
 
 
 class StepCost(TypedDict):
-    """What a step costs; the fields of torch are None where it was not measured.
+    """What a step costs; fields are None where nothing was measured, `note` says why.
 
-    `load` is the machine's load average of the last minute: above 1, others had a share of it, and
-    torch, whose threads wait by spinning, suffers more than it should.
+    `mode` is what is trained (`cases.MODES`), `trained` how many numbers that is. `added_mib` is
+    what training added to a process with numpy and the runtime loaded, `predicted_mib` what the
+    bundle's cost table says it adds, and `off` by how much of the measured that is wrong. The rival
+    of an int8 model is its float32 twin on the same engine. `load` is the machine's load average of
+    the last minute: above 1, others had a share of it, and threads that wait by spinning, as
+    torch's do, suffer more than they should.
     """
 
     model: str
+    mode: str
+    engine: str
     batch: int
     threads: int
-    params: int
-    ms: float
-    rss_mib: float
-    torch: str
-    torch_ms: float | None
-    torch_rss_mib: float | None
+    trained: int
+    ms: float | None
+    rss_mib: float | None
+    predicted_mib: float | None
+    added_mib: float | None
+    off: float | None
+    peer: str
+    peer_ms: float | None
+    peer_rss_mib: float | None
     ratio: float | None
     rss_ratio: float | None
     losses_differ_by: float | None
     load: float
+    note: str
 
 
 def measure(
-    model: str, *, batch: int = 16, threads: int = 2, loss: str | None = None, repeat: int = 15
-) -> StepCost:
-    """Train all of `model`, a recipe's name or an ONNX file, by momentum, and by torch beside it.
+    model: str, mode: str = "all", *, loss: str | None = None, settings: Settings | None = None
+) -> list[StepCost]:
+    """Train a recipe's model or an ONNX file on each engine, and on each rival beside them.
 
-    Raises: EngineError when the losses do not agree; ConfigError, CompileError for a bad model.
+    Raises: EngineError when losses do not agree; ConfigError, CompileError for a bad model.
     """
-    if batch < 1 or threads < 1 or repeat < 1:
+    how = settings or Settings()
+    if min(how.batch, how.threads, how.repeat) < 1:
         raise ConfigError("expected batch, threads and repetitions from 1")
+    if mode not in MODES:
+        raise ConfigError(f"expected a mode of {', '.join(MODES)}, got {mode!r}")
     load = os.getloadavg()[0]
-    loss = loss or recipes.LOSSES.get(model, "cross_entropy")
     with tempfile.TemporaryDirectory(prefix="fedge-bench-") as place, ExitStack() as stack:
-        folder = Path(place)
-        bundle = _prepare(recipes.model(model), loss, batch, folder)
-        ours = stack.enter_context(started("coordinator.bench.ours", folder, threads))
-        first, peer, why = ours.run(COMPARED), None, "torch is not installed"
-        if importlib.util.find_spec("torch"):
-            peer = stack.enter_context(started("coordinator.bench.torch_peer", folder, threads))
-            peer, differ, why = _agreed(peer, first["losses"])
-        else:
-            differ = None
-        mine, theirs = _in_turn(ours, peer, repeat)
-    return StepCost(
-        model=Path(model).stem,
-        batch=batch,
-        threads=threads,
-        params=count(bundle.shapes),
-        ms=mine.ms,
-        rss_mib=mine.rss_mib,
-        torch=why or "measured",
-        torch_ms=theirs.ms if theirs else None,
-        torch_rss_mib=theirs.rss_mib if theirs else None,
-        ratio=mine.ms / theirs.ms if theirs else None,
-        rss_ratio=mine.rss_mib / theirs.rss_mib if theirs else None,
-        losses_differ_by=differ,
-        load=load,
-    )
+        formats = tuple(sorted({ENGINES[name].format for name in how.engines}))
+        optimizer = "sgd" if rivals.ORT_TRAINING in how.peers else "momentum"
+        case = prepare(
+            model,
+            mode,
+            loss=loss,
+            batch=how.batch,
+            optimizer=optimizer,
+            formats=formats,
+            folder=Path(place),
+        )
+        ours = _engines(case, how, stack)
+        theirs = _rivals(case, how, ours, stack)
+        sides = _in_turn([*ours, *theirs], how.repeat)
+    return [
+        _row(case, how, (one, rival), sides, load)
+        for one in ours
+        for rival in theirs or [Rival(name="")]
+        if rival.engine in {"", one.engine}
+    ]
 
 
-def _prepare(model: Any, loss: str, batch: int, folder: Path) -> Bundle:
-    """Leave the bundle, the rival's plan and the batches in `folder`."""
-    bundle = build(model, loss=loss, optimizer=momentum(DECAY, lr=LR))
-    bundle.save(folder / "task.fedge")
-    plan.write(model, loss, LR, DECAY, folder)
-    x, y = recipes.examples(bundle, batch * BATCHES)
-    np.save(folder / "x.npy", x)
-    np.save(folder / "y.npy", y)
-    return bundle
+def _engines(case: Case, how: Settings, stack: ExitStack) -> list[Rival]:
+    """Start our side on each engine; those whose losses are not the first one's stop it all."""
+    found: list[Rival] = []
+    for name in how.engines:
+        why = case.lacks.get(ENGINES[name].format, "")
+        child = None if why else _started(case.folder, name, how, stack)
+        found.append(_tried(Rival(name, name, child, why), found))
+    return found
 
 
-def _agreed(peer: Child, ours: list[float]) -> tuple[Child | None, float | None, str]:
-    """Train the rival as far as we are and compare; None when it cannot run the model."""
+def _started(folder: Path, engine: str, how: Settings, stack: ExitStack) -> Child:
+    """Start our side on an engine; tflite-runtime may have a Python of its own."""
+    own = how.tflite_python if engine == "tflite" else None
+    module, python = "coordinator.bench.ours", own or sys.executable
+    return stack.enter_context(started(module, folder, how.threads, engine, python=python))
+
+
+def _rivals(case: Case, how: Settings, ours: Sequence[Rival], stack: ExitStack) -> list[Rival]:
+    """Start the rivals of a case, each as far as the first of ours."""
+    if case.twin is None:
+        made = [rivals.start(p, case, how.threads, how.peer_python, stack) for p in how.peers]
+        return [_tried(rival, ours) for rival in made]
+    found: list[Rival] = []
+    for one in (o for o in ours if o.child):
+        child = _started(case.twin, one.engine, how, stack)
+        found.append(_tried(Rival(TWIN, one.engine, child), []))
+    return found
+
+
+def _tried(one: Rival, others: Sequence[Rival]) -> Rival:
+    """Train as far as the others are and compare; without a child where it cannot."""
+    if one.child is None:
+        return one
     try:
-        theirs = peer.run(COMPARED)["losses"]
+        losses = tuple(one.child.run(COMPARED)["losses"])
     except EngineError as error:
-        return None, None, str(error)
-    gaps = [abs(a - b) / max(1.0, abs(b)) for a, b in zip(ours, theirs, strict=True)]
+        return one._replace(child=None, why=str(error))
+    first = next((other for other in others if other.losses), None)
+    if first is None:
+        return one._replace(losses=losses)
+    gaps = [abs(a - b) / max(1.0, abs(b)) for a, b in zip(first.losses, losses, strict=True)]
     if not all(gap <= AGREE for gap in gaps):  # NaN is no agreement
-        raise EngineError(f"expected the same losses as torch within {AGREE}, got gaps of {gaps}")
-    return peer, max(gaps), ""
+        raise EngineError(
+            f"expected the same losses of {first.name} and {one.name} within {AGREE}, got gaps of "
+            f"{gaps}"
+        )
+    return one._replace(losses=losses, differs=max(gaps))
 
 
-def _in_turn(ours: Child, peer: Child | None, repeat: int) -> tuple[Side, Side | None]:
-    """Measure both; the first steps after a switch do not count."""
-    children = [child for child in (ours, peer) if child]
+def _in_turn(sides: Sequence[Rival], repeat: int) -> dict[int, Side]:
+    """Measure all that run, by the id of their child; the first steps of a turn do not count."""
+    children: list[Child] = [side.child for side in sides if side.child]
     times: list[list[float]] = [[] for _ in children]
-    peaks = [0 for _ in children]
+    found: dict[int, Side] = {}
     for _ in range(repeat):
-        for i, child in enumerate(children):
+        for child, taken in zip(children, times, strict=True):
             said = child.run(WARM + STEPS)
-            times[i] += said["ms"][WARM:]
-            peaks[i] = said["peak_kib"]
-    sides = [Side(statistics.median(t), p / 1024) for t, p in zip(times, peaks, strict=True)]
-    return sides[0], sides[1] if peer else None
+            taken.extend(said["ms"][WARM:])
+            added = None
+            if said["runtime_kib"] is not None:
+                added = (said["peak_kib"] - said["runtime_kib"]) / 1024
+            found[id(child)] = Side(statistics.median(taken), said["peak_kib"] / 1024, added)
+    return found
+
+
+def _row(
+    case: Case, how: Settings, pair: tuple[Rival, Rival], sides: dict[int, Side], load: float
+) -> StepCost:
+    one, rival = pair
+    mine, theirs = sides.get(id(one.child)), sides.get(id(rival.child))
+    both = (mine, theirs) if mine and theirs else None
+    gaps = (one.differs, rival.differs)
+    bytes_added = case.predicted(ENGINES[one.engine].format)
+    predicted = None if bytes_added is None else bytes_added / _MIB
+    added = mine.added_mib if mine else None
+    return StepCost(
+        model=case.name,
+        mode=case.mode,
+        engine=one.engine,
+        batch=how.batch,
+        threads=how.threads,
+        trained=case.trained,
+        ms=mine.ms if mine else None,
+        rss_mib=mine.rss_mib if mine else None,
+        predicted_mib=predicted,
+        added_mib=added,
+        off=predicted / added - 1 if predicted and added else None,
+        peer=rival.name,
+        peer_ms=theirs.ms if theirs else None,
+        peer_rss_mib=theirs.rss_mib if theirs else None,
+        ratio=both[0].ms / both[1].ms if both else None,
+        rss_ratio=both[0].rss_mib / both[1].rss_mib if both else None,
+        losses_differ_by=max((d for d in gaps if d is not None), default=None),
+        load=load,
+        note="; ".join(filter(None, (one.why, rival.why))),
+    )

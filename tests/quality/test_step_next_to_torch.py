@@ -22,9 +22,9 @@ REPEAT = 8
 def test_a_step_keeps_up_with_torch_in_a_third_of_its_memory(
     model: str, figure: Callable[..., None]
 ) -> None:
-    cost = step.measure(model, batch=16, threads=2, repeat=REPEAT)
+    (cost,) = step.measure(model, settings=step.Settings(repeat=REPEAT))
     if cost["ratio"] is None or cost["ratio"] > LIMITS[model]:  # once more: others were busy
-        cost = step.measure(model, batch=16, threads=2, repeat=2 * REPEAT)
+        (cost,) = step.measure(model, settings=step.Settings(repeat=2 * REPEAT))
     ratio, rss_ratio = cost["ratio"], cost["rss_ratio"]
     assert ratio is not None
     assert rss_ratio is not None
