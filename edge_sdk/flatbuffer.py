@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import struct
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +29,7 @@ WIDTHS = {
 MAX_NAME_BYTES = 1 << 14
 _OFFSET = 4  # bytes of an offset, of a count
 _LEAST_TABLE = 32  # what a table counts at the least against the budget
+_MOST_SLOTS = 4 + 2 * 64  # bytes; no table of a schema here has half as many fields
 _BUDGET, _BUDGET_SLACK = 4, 4096  # bytes that may be read for each byte of the file, and on top
 _UNSIGNED32, _SIGNED32, _UNSIGNED16 = struct.Struct("<I"), struct.Struct("<i"), struct.Struct("<H")
 _UNPACK = {code: struct.Struct(f"<{code}").unpack_from for code in WIDTHS}
@@ -88,7 +89,7 @@ class Reader:
         slots_at = at - int(_SIGNED32.unpack_from(data, at)[0])
         self._inside(slots_at, 4, 2, what)
         slots_size = int(_UNSIGNED16.unpack_from(data, slots_at)[0])
-        if slots_size < 4 or slots_size % 2:
+        if not 4 <= slots_size <= _MOST_SLOTS or slots_size % 2:
             raise BundleError(f"{what}: expected a table, got slots of {slots_size} bytes")
         self._inside(slots_at, slots_size, 2, what)
         self._take(_LEAST_TABLE + slots_size, what)
@@ -110,15 +111,16 @@ class Reader:
         self._spans.extend((at, end, 1, slots_at, slots_at + slots_size, 2))
         return found
 
-    def tables(self, message: Mapping[str, Any], name: str, most: int, what: str) -> list[int]:
-        """Return the places of the tables in a vector of them, none if the field is absent."""
+    def tables(self, message: Mapping[str, Any], name: str, most: int, what: str) -> Iterator[int]:
+        """Yield the places of the tables in a vector of them, none if the field is absent."""
         vector = message.get(name)
         if vector is None:
-            return []
+            return
         if vector.length > most:
             raise BundleError(f"{what}: expected at most {most} of {name}, got {vector.length}")
         ends = range(vector.start, vector.start + vector.nbytes, _OFFSET)
-        return [self._follow(at, what) for at in ends]
+        for at in ends:
+            yield self._follow(at, what)
 
     def numbers(
         self, message: Mapping[str, Any], name: str, most: int, what: str

@@ -43,8 +43,7 @@ MAX_BUFFERS = 100_000
 MAX_TENSORS = 50_000  # of a subgraph
 MAX_OPERATORS = 20_000  # of a subgraph
 MAX_OTHERS = 1000  # subgraphs, operator codes, signatures, metadata
-MAX_NUMBERS = 4096  # of a list in options
-MAX_PORTS = 20_000  # inputs or outputs
+MAX_NUMBERS = 4096  # inputs, outputs, a list in options
 MAX_RANK = 32
 MAX_ELEMENTS = 1 << 31
 ABSENT = -1
@@ -278,7 +277,7 @@ class _File:
         *,
         least: int = 0,
     ) -> tuple[int, ...]:
-        found: tuple[int, ...] = self.reader.numbers(message, name, MAX_PORTS, what)
+        found: tuple[int, ...] = self.reader.numbers(message, name, MAX_NUMBERS, what)
         if found and not (least <= min(found) and max(found) < count):
             raise BundleError(f"{what}: expected {name} among {count} tensors, got another index")
         return found
@@ -444,7 +443,7 @@ class _File:
         count = len(subgraphs[index].tensors)
         inputs, outputs = (
             _unique(
-                self._several(found, side, MAX_PORTS, lambda at, _: self._named(at, count, what)),
+                self._several(found, side, MAX_NUMBERS, lambda at, _: self._named(at, count, what)),
                 f"{what}, {side}",
             )
             for side in ("inputs", "outputs")
