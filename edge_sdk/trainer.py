@@ -271,9 +271,10 @@ class Feed:
         return np.asarray(np.clip(shifted, info.min, info.max), self._model_dtype)
 
     def _check_classes(self, ys: NDArray[Any]) -> None:
-        classes = self._output["shape"][-1]
-        if not self._has_classes or len(self._output["shape"]) != 2 or classes is None:
+        sizes = self._output["shape"][1:]
+        if not self._has_classes or not sizes or None in sizes:
             return
+        classes = math.prod(sizes)
         if ys.min() < 0 or ys.max() >= classes:
             raise ValueError(f"expected classes 0 to {classes - 1}, got {ys.min()} to {ys.max()}")
 

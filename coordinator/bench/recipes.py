@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -37,5 +38,5 @@ def examples(bundle: Bundle, rows: int) -> tuple[NDArray[Any], NDArray[Any]]:
     rng, target = np.random.default_rng(0), bundle.manifest["target"]
     x = rng.standard_normal((rows, *bundle.manifest["input"]["shape"][1:]), np.float32)
     if target["dtype"] == "int64":
-        return x, rng.integers(0, bundle.manifest["output"]["shape"][-1], rows)
+        return x, rng.integers(0, math.prod(bundle.manifest["output"]["shape"][1:]), rows)
     return x, rng.random((rows, *target["shape"][1:]), np.float32)

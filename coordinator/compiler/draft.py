@@ -15,7 +15,7 @@ from coordinator.compiler.budget import MOST_ROWS, Cost
 from coordinator.compiler.choose import select
 from coordinator.compiler.explain import cost
 from coordinator.compiler.graph import Graph, Value
-from coordinator.compiler.losses import Loss
+from coordinator.compiler.losses import Loss, classes_of
 from coordinator.compiler.memory import RUNTIME_BYTES, Held, by_batch, unsized
 from coordinator.compiler.optim import Optimizer, Slot
 from coordinator.compiler.passes import drop_unused
@@ -170,7 +170,7 @@ def _target(logits: Value, loss: Loss) -> Value:
         if shape is None or None in shape[1:]:
             raise CompileError(f"expected a known output shape for {loss.name}, got {shape}")
         return Value("y", np.dtype(np.float32), (None, *shape[1:]))
-    if shape is None or len(shape) != 2 or shape[1] is None or shape[1] < 2:
+    if classes_of(shape) is None:
         raise CompileError(
             f"expected an output of shape [N, C] with C of at least 2 for cross_entropy, got "
             f"{list(shape or ())}: end the model in a Flatten, or use bce_logits for one output"

@@ -7,7 +7,7 @@ is stable, and the gradient is one subtraction.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from coordinator.compiler.emit import Emit
@@ -49,7 +49,13 @@ class Loss(NamedTuple):
 
 
 def cross_entropy() -> Loss:
-    """Softmax cross entropy of logits [N, C] and class ids int64 [N], mean over the batch."""
+    """Softmax cross entropy of logits [N, C] and class ids int64 [N], mean over the batch.
+
+    Logits may have axes of size 1 besides, as a last convolution leaves them: [N, C, 1, 1].
+    """
+
+    def flat(e: Emit, logits: str) -> str:
+        return e.Flatten(logits, axis=1) if e.rank(logits) > 2 else logits
 
     def mean(e: Emit, logp: str, target: str) -> str:
         column = e.Unsqueeze(target, e.ints(1))
@@ -57,17 +63,26 @@ def cross_entropy() -> Loss:
         return e.Neg(e.ReduceMean(picked, keepdims=0))
 
     def learn(e: Emit, logits: str, target: str) -> Learned:
-        logp = e.LogSoftmax(logits, axis=-1)
-        hot = e.OneHot(target, e.ints(e.dims(logits)[1] or 0), e.const([0.0, 1.0]))
+        logp, shape = e.LogSoftmax(flat(e, logits), axis=-1), e.dims(logits)
+        hot = e.OneHot(target, e.ints(classes_of(shape) or 0), e.const([0.0, 1.0]))
         gradient = e.Div(e.Sub(e.Exp(logp), hot), _count(e, target))
-        return Learned(mean(e, logp, target), e.declare(gradient, e.shape(logits)))
+        if len(shape) > 2:
+            gradient = e.Reshape(gradient, e.ints(-1, *(d or 0 for d in shape[1:])))
+        return Learned(mean(e, logp, target), e.declare(gradient, shape))
 
     def measure(e: Emit, logits: str, target: str) -> Measured:
-        loss = mean(e, e.LogSoftmax(logits, axis=-1), target)
-        return Measured(loss, _hits(e, e.Equal(e.ArgMax(logits, axis=1, keepdims=0), target)))
+        rows = flat(e, logits)
+        loss = mean(e, e.LogSoftmax(rows, axis=-1), target)
+        return Measured(loss, _hits(e, e.Equal(e.ArgMax(rows, axis=1, keepdims=0), target)))
 
     strips = frozenset({"Softmax", "LogSoftmax"})
     return Loss("cross_entropy", strips, "int64", learn, measure)
+
+
+def classes_of(shape: Sequence[int | None] | None) -> int | None:
+    """Return C of logits [N, C], or with axes of size 1 besides; None for any other shape."""
+    sizes = [d for d in (shape or ())[1:] if d != 1]
+    return sizes[0] if len(sizes) == 1 else None
 
 
 def mse() -> Loss:
@@ -126,8 +141,10 @@ def logits_of(graph: Graph, loss: Loss) -> str:
     name = graph.outputs[0].name
     while (node := graph.producers.get(name)) is not None:
         if node.kind in loss.strips:
-            rank = len(graph.shape(name) or ()) or 2
-            if node.kind == "Sigmoid" or node.attr("axis", -1) in {-1, rank - 1}:
+            shape = graph.shape(name) or (None, None)
+            axis = node.attr("axis", -1) % len(shape)
+            others = [d for i, d in enumerate(shape) if i not in {0, axis}]
+            if node.kind == "Sigmoid" or (axis and all(d == 1 for d in others)):
                 return node.inputs[0]
             break
         if node.kind not in {"QuantizeLinear", "DequantizeLinear"} and not is_identity(graph, node):

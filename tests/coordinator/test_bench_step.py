@@ -115,7 +115,9 @@ def test_losses_that_differ_stop_the_measurement() -> None:
     for losses in ([1.0, 1.1], [1.0, float("nan")]):
         with pytest.raises(EngineError, match="same losses of ort and torch"):
             step._tried(side("torch", losses), [ours])
-    assert step._tried(side("torch", [1.0, 1.00001]), [ours]).differs == pytest.approx(1e-5, rel=1e-3)
+    assert step._tried(side("torch", [1.0, 1.00001]), [ours]).differs == pytest.approx(
+        1e-5, rel=1e-3
+    )
 
 
 def test_a_model_that_torch_has_no_layers_for_is_measured_without_it() -> None:
