@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
@@ -42,6 +41,8 @@ class Runtime(NamedTuple):
 
     def version(self) -> str:
         """Return the version that is installed. Raises: PackageNotFoundError."""
+        from importlib.metadata import version  # 3 MiB that no training process needs
+
         return version(self.module.replace("_", "-"))
 
 
