@@ -180,6 +180,7 @@ class Agent:
             "model": model.weights if model else None,
             "refused": self._local.refused,
             "examples": self._local.examples,
+            "error_threshold": self._local.threshold,
             "ready": session.is_ready,
             "conditions_lapsed": list(self._lapsed),
             "rounds": self.tally.rounds,

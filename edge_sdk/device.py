@@ -64,6 +64,8 @@ class Device:
         coordinator_key: the one coordinator to obey (32 bytes, or hex); without it, the first one
             that is met.
         ca_file, username, password: for the broker.
+        error_quantile: for an anomaly detector (loss mse): `status` then tells `error_threshold`,
+            the error that this share of the stored examples stays within.
         limits: the most that a bundle may take here. A bundle beyond them, or one that fails the
             other checks, is never run: `status` says why, and the device waits for another.
         connect, trainer, clock, root: ports, for tests and simulation.
@@ -90,6 +92,7 @@ class Device:
         password: str | None = None,
         keepalive_s: int = 30,
         outbox_bytes: int = DEFAULT_CAP_BYTES,
+        error_quantile: float | None = None,
         limits: Limits | None = None,
         connect: Connect | None = None,
         trainer: LocalTraining | None = None,
@@ -123,6 +126,7 @@ class Device:
                 threads=threads,
                 capacity=capacity,
                 limits=limits,
+                quantile=error_quantile,
             )
             will = topics.status(key.id), hello(key, settings, online=False)
             if connect is None:
@@ -202,6 +206,15 @@ class Device:
         """Store a batch of labelled examples, `[n, ...]`, with one write to disk. As `learn`."""
         self._local.learn(xs, labels)
         self._agent.poke()
+
+    def error_quantile(self, level: float) -> float:
+        """Return the mean squared error that a share `level` of the stored examples stays within.
+
+        An anomaly detector's threshold, from what is normal here: an example whose reconstruction
+        is further off than 0.95 of them is worth a look. Nothing leaves the device.
+        Raises: NoModelError; ValueError without examples, or where the loss is not mse.
+        """
+        return self._local.error_quantile(level)
 
     def wait_for_model(self, timeout_s: float) -> bool:
         """Wait until there is a model to predict with; return whether there is."""

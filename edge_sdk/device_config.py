@@ -50,6 +50,8 @@ class DeviceConfig:
     threads: int = 1
     capacity: int = 2000
     min_examples: int = 1
+    error_quantile: float | None = None
+    """Of an anomaly detector: the share of the stored examples that is taken as normal."""
     outbox_bytes: int = 64 * 2**20
     conditions: Condition = field(default=conditions.always)
     coordinator_key: bytes | None = None
@@ -81,6 +83,10 @@ class DeviceConfig:
             topics.checked_task(self.task)
         except MessageError as error:
             raise ConfigError(f"task: {error}") from error
+        if self.error_quantile is not None and not 0 < self.error_quantile <= 1:
+            raise ConfigError(
+                f"error_quantile: expected above 0, at most 1, got {self.error_quantile}"
+            )
 
 
 TABLES: dict[str, type[Any]] = {"source": SourceConfig, "limits": Limits}

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from edge_sdk import anomaly
 from edge_sdk.bundle import Bundle
 from edge_sdk.errors import BundleError, EngineError, FedgeError, RefusedError, StoreError
 from edge_sdk.limits import Limits
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 PARAMS = "params.bin"
 ANSWERS_KEPT = 16
+_ERRORS_BATCH = 64
 
 
 class NoModelError(EngineError):
@@ -52,7 +54,10 @@ class Local:
         threads: int = 1,
         capacity: int = 2000,
         limits: Limits | None = None,
+        quantile: float | None = None,
     ) -> None:
+        self._quantile = quantile
+        self._threshold: tuple[tuple[str, int], float] | None = None
         self.model: Model | None = None
         self.bundle: Bundle | None = None
         self.refused: dict[str, str] | None = None
@@ -94,6 +99,45 @@ class Local:
                 "no model yet: pass bundle=, or wait for the coordinator's first offer"
             )
         return model.predict(x)
+
+    @property
+    def threshold(self) -> float | None:
+        """The error that the `quantile` asked for of the stored examples stays within.
+
+        None where none was asked for, or nothing can be said yet. Reckoned anew when the model or
+        the examples are others than last time.
+        """
+        model, count = self.model, self.examples_ever
+        if self._quantile is None or model is None or not count:
+            return None
+        now = model.weights, count
+        if self._threshold is None or self._threshold[0] != now:
+            try:
+                self._threshold = now, self.error_quantile(self._quantile)
+            except (FedgeError, ValueError) as error:
+                log.warning("no error threshold reason=%s", error)
+                return None
+        return self._threshold[1]
+
+    def error_quantile(self, level: float) -> float:
+        """Return the mean squared error that a share `level` of the stored examples stays within.
+
+        Raises: NoModelError; ValueError without examples, or for a model that is not trained to
+        come near its targets (loss mse); EngineError.
+        """
+        with self._learning:
+            model, bundle, samples = self.model, self.bundle, self._samples
+            if model is None or bundle is None or samples is None:
+                raise NoModelError(
+                    "no model yet to have errors: pass bundle=, or wait for an offer"
+                )
+            x, y = samples.arrays()
+        if (loss := bundle.manifest["loss"]) != "mse":
+            raise ValueError(f"expected a bundle of loss mse for error quantiles, got {loss}")
+        batches = [slice(at, at + _ERRORS_BATCH) for at in range(0, len(x), _ERRORS_BATCH)]
+        output = bundle.manifest["output"]
+        found = [anomaly.errors(model.predict(x[b]), y[b], output) for b in batches]
+        return anomaly.quantile(np.concatenate([*found, np.empty(0)]), level)
 
     def learn(self, xs: ArrayLike, labels: ArrayLike) -> None:
         """Store labelled examples, `xs` one example or a batch. They never leave this device.

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,11 +20,10 @@ os.environ.setdefault(
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import quantized
 from layers import FOLDER, Net, write
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import onnx
     from numpy.typing import NDArray
 
@@ -84,42 +82,7 @@ def pretrain(model: onnx.ModelProto, rows: Rows, seed: int = 0) -> onnx.ModelPro
 
 def quantize(model: onnx.ModelProto, rows: Rows) -> onnx.ModelProto:
     """Return the int8 QDQ form: weights per channel, activations from the range `rows` give."""
-    import onnx
-    from onnxruntime.quantization import (
-        CalibrationDataReader,
-        QuantFormat,
-        QuantType,
-        quantize_static,
-    )
-
-    class Reader(CalibrationDataReader):
-        """Hand the calibration rows over, one batch at a time."""
-
-        def __init__(self) -> None:
-            self._batches = self._cut()
-
-        def _cut(self) -> Iterator[dict[str, NDArray[np.float32]]]:
-            for start in range(0, len(rows.x), BATCH):
-                yield {"x": rows.x[start : start + BATCH]}
-
-        def get_next(self) -> dict[str, NDArray[np.float32]] | None:
-            return next(self._batches, None)
-
-    model = onnx.ModelProto.FromString(model.SerializeToString())
-    # There is nothing to fuse or to infer here: say so, or every run prints advice to do it.
-    onnx.helper.set_model_props(model, {"onnx.quant.pre_process": "onnxruntime.quant"})
-    with tempfile.TemporaryDirectory() as folder:
-        source, made = write(model, Path(folder) / "float.onnx"), Path(folder) / "int8.onnx"
-        quantize_static(
-            source,
-            made,
-            Reader(),
-            quant_format=QuantFormat.QDQ,
-            per_channel=True,
-            activation_type=QuantType.QInt8,
-            weight_type=QuantType.QInt8,
-        )
-        return onnx.load_model(made)
+    return quantized.quantize(model, rows.x)
 
 
 def build(seed: int = 0) -> onnx.ModelProto:
