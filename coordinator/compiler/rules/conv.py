@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from coordinator.compiler.emit import Emit
 from coordinator.compiler.graph import Node
-from coordinator.compiler.rules.formulations import FILTER, INPUT
+from coordinator.compiler.rules.formulations import FILTER, INPUT, SERVES
 from coordinator.compiler.rules.window import Ints, Layer, Window, spatial, window_of
 from coordinator.compiler.vjp import Grads, vjp
 from edge_sdk.errors import CompileError
@@ -45,6 +45,11 @@ def _choose_filter(layer: Layer) -> str:
         return "swapped"
     if w.taps == 1:
         return "rows" if area >= 64 else "columns"
+    if layer.channels > 4 and area >= 144 and SERVES["crossed"](layer):
+        # Adding up products of examples against turning images: ns of one core for an example.
+        adding = 0.55 * w.taps * layer.channels * layer.filters
+        turning = 0.2 * area * (layer.channels + layer.filters)
+        return "crossed_each" if adding < turning else "crossed"
     few = layer.channels <= 4 or (layer.channels <= 16 and row >= 32)
     return "rows" if few else "columns"
 
