@@ -1,0 +1,457 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ONNX graph of a TFLite subgraph while it is being written, tensor by tensor.
+
+TFLite keeps channels last, ONNX wants them first. A tensor is written in the layout that suits the
+operator that makes it, and laid out the other way only when somebody reads it so: transposes stand
+at the borders, not between layers. Integers become the QDQ form that the rest of the compiler
+takes: each quantized activation is a QuantizeLinear and a DequantizeLinear with scalar scales, each
+quantized weight a stored tensor behind DequantizeLinear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coordinator.compiler.emit import Emit
+from edge_sdk.errors import CompileError
+from edge_sdk.tflitefile import Operator, Subgraph, Tensor, TfliteFile
+
+OPSET = 20
+"""The last at which onnxruntime's optimizer keeps the types of int8 training graphs straight."""
+
+Layout: TypeAlias = Literal["last", "first"]
+"""Where a tensor's channels are: TFLite's own order, or moved to axis 1."""
+
+_INT8 = ("int8", "uint8")
+_STORED = (*_INT8, "int32", "float32")
+
+
+class Origin(NamedTuple):
+    """Which constant tensor an initializer is.
+
+    Attributes:
+        tensor: its number in the main subgraph.
+        order: ``np.transpose(initializer, order)`` has the bytes of the tensor; None: as they are.
+    """
+
+    tensor: int
+    order: tuple[int, ...] | None
+
+
+class Forward:
+    """A graph being written.
+
+    Attributes:
+        e: adds operators.
+        origins: the constant tensor behind each initializer that may be trained.
+        steps: the tensors whose quantization each scale of an activation stands for.
+        fixed: those of them that TFLite's kernels take for granted.
+    """
+
+    def __init__(self, file: TfliteFile, graph: Subgraph) -> None:
+        self.file, self.graph = file, graph
+        self.e = Emit(opset=OPSET)
+        self.origins: dict[str, Origin] = {}
+        self.steps: dict[str, list[int]] = {}
+        self.fixed: set[str] = set()
+        self.padded: dict[int, tuple[int, tuple[tuple[int, int], ...]]] = {}
+        self.names = _names(graph)
+        self._known: dict[int, NDArray[Any]] = {}
+        self._values: dict[int, dict[Layout, str]] = {}
+        self._integers: dict[int, dict[Layout, str]] = {}
+        self._scales: dict[int, str] = {}
+        self._zeros: dict[tuple[str, int], str] = {}
+        self._stored: dict[int, tuple[str, tuple[int, ...]]] = {}
+        self._same: dict[int, int] = {}
+        self._final: dict[str, str] = {}
+
+    # -- asking -----------------------------------------------------------------------------
+
+    def tensor(self, i: int) -> Tensor:
+        """Return what the file says of a tensor."""
+        return self.graph.tensors[i]
+
+    def shape(self, i: int) -> tuple[int, ...]:
+        """Return a tensor's shape as the file has it, for the batch it was converted for."""
+        return self.tensor(i).shape
+
+    def rank(self, i: int) -> int:
+        """Return a tensor's number of dimensions."""
+        return len(self.shape(i))
+
+    def is_quantized(self, i: int) -> bool:
+        """Tell whether a tensor's integers stand for real numbers."""
+        t = self.tensor(i)
+        return bool(len(t.scale)) and t.dtype in (*_INT8, "int16", "int32")
+
+    def known(self, i: int) -> NDArray[Any] | None:
+        """Return the stored or computed value of a constant tensor, integers as they are."""
+        if i not in self._known and i >= 0:
+            i = self._same.get(i, i)
+            t = self.tensor(i)
+            if i not in self._known and self.file.buffers[t.buffer].size and not t.is_variable:
+                if t.sparsity:
+                    raise CompileError(
+                        f"expected dense weights, {t.name!r} is stored sparse: convert the model "
+                        "without sparsity"
+                    )
+                self._known[i] = _array(t, self.file.data(t.buffer))
+        return self._known.get(i)
+
+    def is_weight(self, i: int) -> bool:
+        """Tell whether a tensor is constant numbers, float or quantized, not sizes or indices."""
+        t = self.tensor(i)
+        return self.known(i) is not None and (t.dtype == "float32" or self.is_quantized(i))
+
+    def numbers(self, i: int, op: Operator) -> tuple[int, ...]:
+        """Return a constant of integers (axes, sizes); raise CompileError where it is computed."""
+        value = self.known(i)
+        if value is None:
+            raise refusal(
+                op, self, f"{self.names[i]!r} is computed while running: convert with fixed sizes"
+            )
+        return tuple(int(n) for n in value.reshape(-1))
+
+    def axes(self, i: int, op: Operator, rank: int) -> tuple[int, ...]:
+        """Return constant axes, none negative."""
+        return tuple(n % rank for n in self.numbers(i, op))
+
+    def layout(self, *tensors: int, rank: int) -> Layout:
+        """Return the layout in which operands can be read with the fewest transposes."""
+        made = [self._values[i] for i in tensors if i in self._values and self.rank(i) == rank]
+        if rank < 3 or not made or all("last" in layouts for layouts in made):
+            return "last"
+        return "first"
+
+    # -- reading ----------------------------------------------------------------------------
+
+    def read(self, i: int, layout: Layout = "last") -> str:
+        """Return the name of a tensor's numbers: float32 where they are quantized."""
+        if i in self.padded:
+            self._pad(i)
+        if i not in self._values:
+            return self._constant(i, layout)
+        values = self._values[i]
+        if layout not in values:
+            order = to_first(self.rank(i)) if layout == "first" else to_last(self.rank(i))
+            (value,) = values.values()
+            self._put(i, self.transposed(value, order), layout)
+        return values[layout]
+
+    def operand(self, i: int, layout: Layout, rank: int) -> str:
+        """Return a tensor's numbers so that they broadcast over one of `rank` in that layout."""
+        missing = rank - self.rank(i)
+        if layout == "last" or (prod(self.shape(i)) == 1 and self.known(i) is not None):
+            return self.read(i)
+        shape = (1,) * missing + self.shape(i)
+        if self.is_weight(i):
+            return self.weight(i, to_first(rank), shape)
+        if not missing:
+            return self.read(i, layout)
+        return self.transposed(self.e.Reshape(self.read(i), self.e.ints(*shape)), to_first(rank))
+
+    def transposed(self, value: str, order: tuple[int, ...]) -> str:
+        """Emit a transposition: a Reshape where no number has to move."""
+        dims = self.e.static(value)
+        if order == tuple(range(len(order))):
+            return value
+        if dims is not None:
+            moved = [n for n in order if dims[n] != 1]
+            if moved == sorted(moved):
+                return self.e.Reshape(value, self.e.ints(*(dims[n] for n in order)))
+        return self.e.Transpose(value, perm=order)
+
+    def weight(
+        self, i: int, order: tuple[int, ...] | None = None, shape: tuple[int, ...] | None = None
+    ) -> str:
+        """Return a tensor's numbers transposed by `order`, stored so where they are constant.
+
+        A second reader that wants another order gets a Transpose of what the first one stored.
+
+        Args:
+            i: the tensor.
+            order: of its dimensions, or of those of `shape`.
+            shape: what its numbers are seen as.
+        """
+        dims = shape or self.shape(i)
+        order = order or tuple(range(len(dims)))
+        if not self.is_weight(i):
+            value = self.read(i)
+            value = value if shape is None else self.e.Reshape(value, self.e.ints(*shape))
+            return self.transposed(value, order)
+        i = self._same.get(i, i)
+        if i not in self._stored:
+            self._stored[i] = (self._store(i, order, dims), order)
+            return self._stored[i][0]
+        value, first = self._stored[i]
+        at = self.e.static(value) or ()
+        if first == order and at == tuple(dims[n] for n in order):
+            return value
+        if len(first) > 1:
+            value = self.transposed(value, tuple(int(n) for n in np.argsort(first)))
+        value = self.e.Reshape(value, self.e.ints(*dims))
+        return self.transposed(value, order)
+
+    # -- writing ----------------------------------------------------------------------------
+
+    def write(self, i: int, value: str, layout: Layout = "last") -> None:
+        """Say that a tensor's numbers are `value`, rounded to its lattice where it has one."""
+        t = self.tensor(i)
+        if t.dtype == "int16" and self.is_quantized(i):
+            raise CompileError(
+                f"expected activations in 8 bits or float32, {t.name!r} is int16: convert with "
+                "int8 activations"
+            )
+        self._values[i] = {}
+        if not self.is_quantized(i):
+            self._final.setdefault(value, self.names[i])
+            self._values[i][layout] = value
+            return
+        is_output = i in self.graph.outputs
+        self._final.setdefault(value, f"{self.names[i]}.real" if is_output else self.names[i])
+        self._put(i, value, layout)
+
+    def again(self, i: int, value: str) -> str:
+        """Return moved numbers of a tensor, rounded once more: integer kernels ask for the pair."""
+        if not self.is_quantized(i):
+            return value
+        scale, zero = self.scale(i), self.zero(i)
+        return self.e.DequantizeLinear(self.e.QuantizeLinear(value, scale, zero), scale, zero)
+
+    def know(self, i: int, value: NDArray[Any]) -> None:
+        """Say that a tensor is constant."""
+        self._known[i] = value
+
+    def same(self, i: int, other: int) -> None:
+        """Say that a tensor is another one, dequantized or not: a constant stays a weight."""
+        self._same[i] = self._same.get(other, other)
+
+    def share(self, *tensors: int) -> None:
+        """Let tensors of one lattice share their scale, which TFLite wants equal."""
+        quantized = [t for t in tensors if self.is_quantized(t) and self.known(t) is None]
+        first, *rest = quantized or [-1]
+        for i in rest:
+            a, b = self.tensor(first), self.tensor(i)
+            equal = np.array_equal(a.scale, b.scale) and np.array_equal(a.zero_point, b.zero_point)
+            if equal and i not in self._scales and a.dtype == b.dtype:
+                self._scales[i] = self.scale(first)
+                self.steps[self._scales[i]].append(i)
+
+    def fix(self, i: int) -> None:
+        """Say that the kernel takes a tensor's quantization for granted: it must not learn."""
+        if self.is_quantized(i):
+            self.fixed.add(self.scale(i))
+
+    def scale(self, i: int) -> str:
+        """Return the name of an activation's scale."""
+        if i not in self._scales:
+            t = self.tensor(i)
+            if len(t.scale) != 1:
+                raise CompileError(
+                    f"expected one scale for activation {t.name!r}, got {len(t.scale)}: convert "
+                    "with activations quantized per tensor"
+                )
+            name = self.e.initializer(f"{self.names[i]}.scale", t.scale.reshape(()))
+            self._scales[i] = name
+            self.steps[name] = [i]
+        return self._scales[i]
+
+    def zero(self, i: int) -> str:
+        """Return the name of an activation's zero point."""
+        t = self.tensor(i)
+        point = int(t.zero_point[0]) if len(t.zero_point) else 0
+        key = (t.dtype, point)
+        if key not in self._zeros:
+            array = np.array(point, t.dtype)
+            self._zeros[key] = self.e.initializer(f"zero.{t.dtype}.{point}", array)
+        return self._zeros[key]
+
+    def begin(self) -> None:
+        """Declare the graph's inputs."""
+        for i in self.graph.inputs:
+            t = self.tensor(i)
+            open_at = [n for n, d in enumerate(t.signature_shape or t.shape) if d is None]
+            if any(open_at[1:]) or (open_at and open_at != [0]):
+                raise CompileError(
+                    f"expected fixed sizes after the batch, dimension {open_at[-1]} of input "
+                    f"{t.name!r} is open: convert the model with a fixed input shape"
+                )
+            if t.dtype == "int16" and self.is_quantized(i):
+                raise CompileError(
+                    f"expected an input in 8 bits or float32, {t.name!r} is int16: convert with "
+                    "int8 activations"
+                )
+            value = self.e.input(self.names[i], t.dtype, t.shape)
+            if self.is_quantized(i):
+                self._integers[i] = {"last": value}
+                value = self.e.DequantizeLinear(value, self.scale(i), self.zero(i))
+            self._values[i] = {"last": value}
+
+    def end(self) -> tuple[list[str], dict[str, str]]:
+        """Return the graph's outputs and the names that tensors get in the end."""
+        outputs = []
+        final = dict(self._final)
+        for i in self.graph.outputs:
+            value = self.read(i)
+            if self.is_quantized(i) and i in self._integers:
+                value = self._integers[i]["last"]
+            name = self.names[i]
+            if value != name:
+                is_free = value in {n.outputs[0] for n in self.e.nodes} and value not in outputs
+                if not is_free:
+                    value = self.e.Identity(value)
+                taken = [v for v, n in final.items() if n == name and v != value]
+                final |= dict.fromkeys(taken, f"{name}.real")
+                final[value] = name
+            outputs.append(value)
+        return outputs, final
+
+    def activation(self, word: str, value: str, i: int, op: Operator) -> str:
+        """Emit an operator's fused activation, before tensor `i` is written."""
+        if word == "NONE":
+            return value
+        if word == "RELU":
+            return self.e.Relu(value)
+        if word == "TANH":
+            return self.e.Tanh(value)
+        bounds = {"RELU6": (0.0, 6.0), "RELU_N1_TO_1": (-1.0, 1.0)}.get(word)
+        if bounds is None:
+            raise refusal(op, self, f"its activation {word} has no gradient: convert without it")
+        return self.clip(value, bounds, i)
+
+    def clip(self, value: str, bounds: tuple[float, float], i: int) -> str:
+        """Emit a Clip before tensor `i`; an end that its lattice has lies where the lattice ends.
+
+        TFLite clips the rounded number at the rounded bound. A bound that rounds to the lattice's
+        last point is moved onto it: the same integers, and the runtime sees that it may drop it.
+        """
+        low, high = bounds
+        if self.is_quantized(i):
+            t = self.tensor(i)
+            ends, step = np.iinfo(t.dtype), t.scale[0]
+            least = np.float32(step * np.float32(ends.min - int(t.zero_point[0])))
+            most = np.float32(step * np.float32(ends.max - int(t.zero_point[0])))
+            low = float(least) if abs(low - least) < step / 2 else low
+            high = float(most) if abs(high - most) < step / 2 else high
+        return self.e.Clip(value, self.e.const(low), self.e.const(high))
+
+    # -- inside -----------------------------------------------------------------------------
+
+    def _put(self, i: int, value: str, layout: Layout) -> None:
+        if self.is_quantized(i):
+            scale, zero = self.scale(i), self.zero(i)
+            whole = self.e.QuantizeLinear(value, scale, zero)
+            self._integers.setdefault(i, {})[layout] = whole
+            value = self.e.DequantizeLinear(whole, scale, zero)
+        self._values[i][layout] = value
+
+    def _constant(self, i: int, layout: Layout) -> str:
+        value = self.known(i)
+        if value is None:
+            t = self.tensor(i)
+            raise CompileError(
+                f"expected tensor {t.name!r} to be stored or made by an operator, it is neither: "
+                "convert the model again"
+            )
+        if self.is_weight(i):
+            return self.weight(i, to_first(self.rank(i)) if layout == "first" else None)
+        if layout == "first":
+            value = np.transpose(value, to_first(value.ndim))
+        return self.e.const(value, value.dtype)
+
+    def _store(self, i: int, order: tuple[int, ...], dims: tuple[int, ...]) -> str:
+        """Store a constant and return the name of its numbers."""
+        t, array = self.tensor(i), self.known(i)
+        if array is None or array.dtype.name not in _STORED:
+            raise CompileError(
+                f"expected weights in float32, float16 or 8 bits, {t.name!r} is {t.dtype}: "
+                "convert with int8 weights"
+            )
+        name = self.names[i]
+        array = np.ascontiguousarray(array.reshape(dims).transpose(order))
+        self.e.initializer(name, array)
+        if t.dtype == array.dtype.name and self.file.buffers[t.buffer].size:
+            back = tuple(int(n) for n in np.argsort(order))
+            self.origins[name] = Origin(i, None if back == tuple(range(len(back))) else back)
+        if not self.is_quantized(i):
+            return name
+        if len(t.scale) == 1:
+            scale = self.e.initializer(f"{name}.scale", t.scale.reshape(()))
+            zero = None if t.dtype == "int32" else self.zero(i)
+            return self.e.DequantizeLinear(name, scale, zero)
+        along = order.index(t.axis + len(dims) - len(t.shape))
+        scale = self.e.initializer(f"{name}.scale", t.scale.copy())
+        points = np.broadcast_to(t.zero_point if len(t.zero_point) else 0, t.scale.shape)
+        zero = None if t.dtype == "int32" else self.e.const(points, t.dtype)
+        return self.e.DequantizeLinear(name, scale, zero, axis=along)
+
+    def _pad(self, i: int) -> None:
+        source, amounts = self.padded.pop(i)
+        layout = self.layout(source, rank=len(amounts))
+        order = to_first(len(amounts)) if layout == "first" else tuple(range(len(amounts)))
+        before, after = ([amounts[n][side] for n in order] for side in (0, 1))
+        self.share(i, source)
+        value = self.e.Pad(self.read(source, layout), self.e.ints(*before, *after))
+        self.write(i, value, layout)
+
+
+def refusal(op: Operator, f: Forward, why: str) -> CompileError:
+    """Return the error for an operator that cannot be imported, with its name and the reason."""
+    made = next((f.names[i] for i in op.outputs if i >= 0), "")
+    return CompileError(f"expected operators that can be imported, {op.op} ({made!r}): {why}")
+
+
+def to_first(rank: int) -> tuple[int, ...]:
+    """Return the transposition that moves the last dimension to axis 1."""
+    return (0, rank - 1, *range(1, rank - 1)) if rank > 2 else tuple(range(rank))
+
+
+def to_last(rank: int) -> tuple[int, ...]:
+    """Return the transposition that moves axis 1 to the end."""
+    return (0, *range(2, rank), 1) if rank > 2 else tuple(range(rank))
+
+
+def place(axis: int, rank: int, layout: Layout) -> int:
+    """Return where a dimension of TFLite's order is in a layout."""
+    return to_first(rank).index(axis) if layout == "first" else axis
+
+
+def moved(values: Sequence[Any], layout: Layout) -> list[Any]:
+    """Return one value for each dimension in the order of a layout."""
+    order = to_first(len(values)) if layout == "first" else range(len(values))
+    return [values[n] for n in order]
+
+
+def _names(graph: Subgraph) -> list[str]:
+    """Give each tensor a name of its own."""
+    taken: set[str] = set()
+    names = []
+    for i, tensor in enumerate(graph.tensors):
+        name = tensor.name or f"tensor.{i}"
+        if name in taken or name.startswith("g."):
+            name = f"{name}.{i}"
+        taken.add(name)
+        names.append(name)
+    return names
+
+
+def _array(tensor: Tensor, data: memoryview) -> NDArray[Any]:
+    if tensor.dtype not in {"float32", "float16", "float64", "int8", "uint8", "int16", "int32",
+                            "int64", "bool", "uint32", "uint16", "uint64"}:  # fmt: skip
+        raise CompileError(
+            f"expected weights in float32, float16 or 8 bits, {tensor.name!r} is {tensor.dtype}: "
+            "convert with int8 weights"
+        )
+    array = np.frombuffer(data, np.dtype(tensor.dtype).newbyteorder("<"))
+    if array.size != prod(tensor.shape):
+        raise CompileError(
+            f"expected {prod(tensor.shape)} numbers in tensor {tensor.name!r}, its buffer has "
+            f"{array.size}: convert the model again"
+        )
+    native = array.astype(np.float32) if array.dtype == np.float16 else array.astype(tensor.dtype)
+    return native.reshape(tensor.shape)

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A TFLite model as ONNX, without TensorFlow: the same inputs, outputs, dtypes and numbers.
+
+What comes back goes through the compiler like any other model. Operators that no rule imports are
+refused by name; sizes that the file computes from shapes are computed here, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import onnx
+
+import coordinator.compiler.tflite.ops  # noqa: F401  fills the table
+from coordinator.compiler.graph import Graph
+from coordinator.compiler.runtime import session
+from coordinator.compiler.tflite.forward import Forward, Origin, refusal
+from coordinator.compiler.tflite.table import IMPORTS
+from edge_sdk.errors import CompileError
+from edge_sdk.tflitefile import Operator, Subgraph, TfliteFile, read
+
+_STATE = frozenset(
+    {"ASSIGN_VARIABLE", "CALL_ONCE", "HASHTABLE", "HASHTABLE_FIND", "HASHTABLE_IMPORT",
+     "HASHTABLE_LOOKUP", "HASHTABLE_SIZE", "READ_VARIABLE", "VAR_HANDLE"}
+)  # fmt: skip
+_CONTROL = frozenset({"CALL", "IF", "WHILE"})
+_RANDOM = frozenset({"MULTINOMIAL", "RANDOM_STANDARD_NORMAL", "RANDOM_UNIFORM"})
+_MOVES = frozenset({"DEQUANTIZE", "EXPAND_DIMS", "RESHAPE", "SQUEEZE", "TRANSPOSE"})
+"""Operators through which a stored tensor stays a weight; others are computed here."""
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A model read from a TFLite file.
+
+    Attributes:
+        proto: QDQ or float ONNX; the input keeps its name, dtype and layout.
+        origins: which constant tensor of the main subgraph an initializer is.
+        steps: which tensors of the main subgraph a scale of an activation stands for.
+        fixed: names in `steps` that TFLite's kernels take for granted: they must not change.
+        subgraph: the number of the main subgraph.
+    """
+
+    proto: onnx.ModelProto
+    origins: Mapping[str, Origin]
+    steps: Mapping[str, tuple[int, ...]]
+    fixed: frozenset[str]
+    subgraph: int
+
+
+def import_model(data: bytes, signature: str | None = None) -> Imported:
+    """Read a TFLite model.
+
+    Args:
+        data: the file.
+        signature: the one to import; by default ``serving_default``, else the first subgraph.
+
+    Raises: CompileError with the operator or tensor in the way and what to do; BundleError for a
+    file that is damaged.
+    """
+    file = read(data)
+    number = _main(file, signature)
+    f = Forward(file, file.subgraphs[number])
+    f.begin()
+    for op in f.graph.operators:
+        _import(f, op)
+    outputs, final = f.end()
+    graph = _renamed(f.e.graph(outputs=outputs), final)
+    proto = replace(graph, name=f.graph.name or "main").to_model()
+    steps = {name: tuple(tensors) for name, tensors in f.steps.items()}
+    return Imported(proto, f.origins, steps, frozenset(f.fixed), number)
+
+
+def _main(file: TfliteFile, signature: str | None) -> int:
+    if signature is None:
+        signature = "serving_default" if "serving_default" in file.signatures else None
+    if signature is None:
+        return 0
+    if signature not in file.signatures:
+        raise CompileError(
+            f"expected one of the signatures {sorted(file.signatures)}, got {signature!r}"
+        )
+    number: int = file.signatures[signature][0]
+    return number
+
+
+def _import(f: Forward, op: Operator) -> None:
+    _check(f, op)
+    inputs = [i for i in op.inputs if i >= 0]
+    if inputs and all(f.known(i) is not None for i in inputs) and _is_foldable(f, op):
+        _fold(f, op)
+        return
+    IMPORTS[op.op](f, op)
+
+
+def _check(f: Forward, op: Operator) -> None:
+    """Raise CompileError for an operator that no rule imports."""
+    if op.op in IMPORTS:
+        return
+    kind, _, name = op.op.partition(":")
+    if name.startswith("Flex"):
+        why = "a TensorFlow operator: convert with TFLITE_BUILTINS alone, without SELECT_TF_OPS"
+    elif kind == "CUSTOM":
+        why = "a custom operator: convert without allow_custom_ops, or cut the model before it"
+    elif op.op in _STATE:
+        why = "it keeps state between calls: convert the inference function alone, frozen"
+    elif op.op in _CONTROL:
+        why = "control flow: convert with unrolled loops (Keras: unroll=True) and no branches"
+    elif op.op in _RANDOM:
+        why = "it draws random numbers: convert the model for inference"
+    else:
+        why = "no rule imports it: convert with other operators, or export the model to ONNX"
+    raise refusal(op, f, why)
+
+
+def _is_foldable(f: Forward, op: Operator) -> bool:
+    has_weights = any(f.is_weight(i) for i in op.inputs if i >= 0)
+    quantized = any(f.is_quantized(i) for i in (*op.inputs, *op.outputs) if i >= 0)
+    return not quantized and not (has_weights and op.op in _MOVES)
+
+
+def _fold(f: Forward, op: Operator) -> None:
+    """Compute an operator of constants."""
+    part = Forward(f.file, Subgraph("", f.graph.tensors, (op,), (), op.outputs))
+    for i in op.inputs:
+        value = f.known(i)
+        if value is not None:
+            part.know(i, value)
+    IMPORTS[op.op](part, op)
+    computed = {i: part.known(i) for i in op.outputs}
+    if any(value is None for value in computed.values()):
+        names = [part.read(i) for i in op.outputs]
+        graph = part.e.graph(outputs=[part.e.Identity(name) for name in names])
+        runs = session(graph.to_model().SerializeToString(), optimize=False)
+        computed = dict(zip(op.outputs, runs.run(None, {}), strict=True))
+    for i, value in computed.items():
+        f.know(i, np.asarray(value))
+
+
+def _renamed(graph: Graph, final: Mapping[str, str]) -> Graph:
+    """Give tensors their names in the file, as far as those are free, and drop what is unused."""
+    needed = {value.name for value in graph.outputs}
+    kept = []
+    for node in reversed(graph.nodes):
+        if needed.intersection(node.outputs):
+            kept.append(node)
+            needed.update(node.inputs)
+    made = {n for node in kept for n in node.outputs}
+    taken = made | {n for node in kept for n in node.inputs}
+    names: dict[str, str] = {}
+    for old, new in final.items():
+        if old in made and new not in taken:
+            names[old] = new
+            taken.add(new)
+
+    def named(value: Any) -> Any:
+        return replace(value, name=names.get(value.name, value.name))
+
+    nodes = tuple(
+        replace(
+            node,
+            inputs=tuple(names.get(n, n) for n in node.inputs),
+            outputs=tuple(names.get(n, n) for n in node.outputs),
+        )
+        for node in reversed(kept)
+    )
+    return replace(
+        graph,
+        nodes=nodes,
+        initializers={n: a for n, a in graph.initializers.items() if n in needed},
+        inputs=graph.inputs,
+        outputs=tuple(map(named, graph.outputs)),
+        values={},
+    )
