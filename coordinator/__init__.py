@@ -14,30 +14,18 @@ if TYPE_CHECKING:
     from coordinator import strategy as strategies
     from coordinator.desk import RoundResult as RoundResult
     from coordinator.service import Coordinator as Coordinator
-    from coordinator.strategy import fedadam as fedadam
-    from coordinator.strategy import fedavg as fedavg
-    from coordinator.strategy import fedavgm as fedavgm
-    from coordinator.strategy import fedyogi as fedyogi
     from coordinator.task import Task as Task
 
 _FROM = {
     "Coordinator": "service",
     "RoundResult": "desk",
     "Task": "task",
-    "fedadam": "strategy",
-    "fedavg": "strategy",
-    "fedavgm": "strategy",
-    "fedyogi": "strategy",
 }
 
 __all__ = [
     "Coordinator",
     "RoundResult",
     "Task",
-    "fedadam",
-    "fedavg",
-    "fedavgm",
-    "fedyogi",
     "pacing",
     "strategies",
 ]

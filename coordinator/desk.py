@@ -16,9 +16,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from coordinator.aggregators import AccumulatorFull, weight_of
+from coordinator.aggregators import Report
 from coordinator.rounds import Action, DeadlinePassed, Event, Reported, Round, standing, step
+from coordinator.sampling import buckets
 from coordinator.store import Resumed, StoredRound, StoredUpdate, Version
+from coordinator.sums import AccumulatorFull
 from coordinator.task import Task
 from edge_sdk import codec, params
 from edge_sdk.bundle import Bundle
@@ -96,6 +98,7 @@ class Desk:
     _sum: Any = None
     _deferred: list[tuple[StoredUpdate, Lattice]] = field(default_factory=list)
     _stored: dict[int, StoredRound] = field(default_factory=dict)
+    _buckets: dict[int, dict[str, int]] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -118,9 +121,11 @@ class Desk:
     def open(self, r: StoredRound, opened: Round) -> None:
         """Take in a round that the store has begun."""
         self._stored[r.number] = r
+        count = self.task.strategy.aggregator.buckets
+        self._buckets[r.number] = buckets(r.cohort, r.seed, count)
         self.rounds[r.number] = self.current = opened
         for old in sorted(self.rounds)[:-RECENT]:
-            del self.rounds[old], self._stored[old]
+            del self.rounds[old], self._stored[old], self._buckets[old]
 
     def apply(self, event: Event) -> tuple[Action, ...]:
         """Let something happen to the open round, if there is one."""
@@ -165,15 +170,23 @@ class Desk:
         return self._step(update.round, Reported(update.device))
 
     def _add(self, update: StoredUpdate, lattice: Lattice) -> None:
-        strategy = self.task.strategy
-        discount = strategy.discount(max(0, self.base - update.version))
-        weight = weight_of(update.examples, discount, cap=self.task.max_examples)
+        report = self._report(update, lattice)
         try:
-            self._sum = strategy.aggregator.add(self._sum, lattice, weight)
+            self._sum = self.task.strategy.aggregator.add(self._sum, lattice, report)
         except AccumulatorFull:  # counted all the same: it goes into the version after this one
             self._deferred.append((update, lattice))
         else:
             self.folded[update.round, update.device] = update
+
+    def _report(self, update: StoredUpdate, lattice: Lattice) -> Report:
+        return Report(
+            examples=min(update.examples, self.task.max_examples),
+            steps=update.steps,
+            loss=update.loss,
+            norm=codec.norm(lattice),
+            discount=self.task.strategy.discount(max(0, self.base - update.version)),
+            bucket=self._buckets[update.round][update.device],
+        )
 
     def settle(self) -> Next:
         """Turn the settled round into the next version, or into the reason why there is none.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the coordinator does with the mean delta of a round: sgd, momentum, adam, yogi.
+"""What the coordinator does with the mean delta of a round: sgd, momentum, adagrad, adam, yogi.
 
 After Reddi et al., "Adaptive federated optimization" (2021), algorithm 2; `sgd(1.0)` is FedAvg
 (McMahan et al. 2017), `momentum` is FedAvgM (Hsu et al. 2019). There the round's pseudo-gradient is
@@ -87,15 +87,22 @@ def yogi(
     return _adaptive("yogi", second, {"lr": lr, "b1": b1, "b2": b2, "tau": tau})
 
 
+def adagrad(lr: float = 0.02, *, b1: float = 0.0, tau: float = 1e-3) -> ServerOptimizer:
+    """Scale each number by the sum of the squares of its past: v = v + d^2."""
+    return _adaptive("adagrad", np.add, {"lr": lr, "b1": b1, "tau": tau})
+
+
 KNOWN: dict[str, tuple[str, ...]] = {
     "sgd": ("lr",),
     "momentum": ("lr", "decay"),
+    "adagrad": ("lr", "b1", "tau"),
     "adam": ("lr", "b1", "b2", "tau"),
     "yogi": ("lr", "b1", "b2", "tau"),
 }
 FACTORIES: dict[str, Callable[..., ServerOptimizer]] = {
     "sgd": sgd,
     "momentum": momentum,
+    "adagrad": adagrad,
     "adam": adam,
     "yogi": yogi,
 }
@@ -149,12 +156,12 @@ def _optimizer(
 def _adaptive(
     name: str, second: Callable[[Array, Array], Array], settings: dict[str, float]
 ) -> ServerOptimizer:
-    """Build adam and yogi, which differ in the second moment alone (algorithm 2, v from tau^2)."""
-    lr, b1, b2, tau = (settings[key] for key in ("lr", "b1", "b2", "tau"))
+    """Build adagrad, adam and yogi, which differ in the second moment alone (v from tau^2)."""
+    lr, b1, tau = (settings[key] for key in ("lr", "b1", "tau"))
     _positive(name, "lr", lr)
     _positive(name, "tau", tau)
     _share(name, "b1", b1)
-    _share(name, "b2", b2)
+    _share(name, "b2", settings.get("b2", 0.0))
 
     def step(params: Array, mean_delta: Array, state: Slots) -> tuple[Array, Slots]:
         m, v = state.vectors

@@ -72,7 +72,7 @@ class Publisher:
             seconds=task.seconds,
             batch=task.batch,
             lr=task.lr,
-            mu=task.mu,
+            mu=task.pull,
             seed=seed_of(device, r.seed),
         )
         await self._send(topics.down(task.name, device, "invite"), invite)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who is invited to a round. How many is the pace's affair; randomness is passed in."""
+"""Who is invited to a round, and who is added up with whom. Randomness is passed in."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 
 import numpy as np
@@ -19,3 +20,16 @@ def uniform(eligible: Iterable[str], size: int, generator: np.random.Generator) 
         return devices
     chosen = generator.permutation(len(devices))[: max(0, size)]
     return [devices[i] for i in sorted(chosen.tolist())]
+
+
+def buckets(cohort: Iterable[str], seed: int, count: int) -> dict[str, int]:
+    """Put each device of a cohort into one of `count` buckets, equally many into each.
+
+    By a hash that no device can compute without the round's seed, so that attackers cannot choose
+    their company. `count` 0 gives each device a bucket of its own.
+    """
+    devices = sorted(cohort)
+    if count == 1:
+        return dict.fromkeys(devices, 0)
+    devices.sort(key=lambda name: hashlib.sha256(f"{seed}\0{name}".encode()).digest())
+    return {name: place % count if count else place for place, name in enumerate(devices)}

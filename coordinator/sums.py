@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folds of updates: memory O(model) however many report, the same sum in whatever order they come.
+"""Sums of updates: memory O(model) however many report, the same sum in whatever order they come.
 
-The weighted mean adds integers. An update of integers `q` and step `m * 2**e` (a bfloat16, so m has
+A sum adds integers. An update of integers `q` and step `m * 2**e` (a bfloat16, so m has
 8 bits) adds `q * m * weight * 2**(e + FRACTION_BITS)` to an int64 for each number, rounded to
 nearest where that is not whole. Integers add up the same in any order, on any machine, in one
 process or sharded over many, and `subtract` takes an update back exactly.
@@ -15,25 +15,20 @@ an update that could overflow is refused before anything is added.
 from __future__ import annotations
 
 import math
-import struct
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_sdk.codec import Lattice
-from edge_sdk.errors import ConfigError, FedgeError
-from edge_sdk.types import Array, Spec
+from edge_sdk.errors import FedgeError
+from edge_sdk.types import Array
 
 FRACTION_BITS = 20
 WEIGHT_ONE = 2**8
 """The weight of one example without a discount."""
 MAX_EXAMPLES = 10_000
 CEILING = 2**63 - 1
-HEAD = struct.Struct("<4sHhQQQQ")  # magic, version, reserved, n, weight, bound, updates
-MAGIC = b"FDGM"
 
 
 class AccumulatorFull(FedgeError, OverflowError):  # noqa: N818 - named for what it tells
@@ -45,20 +40,13 @@ class Sum:
     """A weighted sum on its way. `add` writes into `total`: the state passed in is used up."""
 
     total: NDArray[np.int64]  # [n], units of 2**-FRACTION_BITS / WEIGHT_ONE
-    weight: int = 0
-    bound: int = 0  # no entry of |total| is larger
+    mass: int = 0
+    """What the sum is divided by in the end: of a mean, the sum of the weights."""
+    bound: int = 0
+    """No entry of |total| is larger."""
     updates: int = 0
-
-
-class Aggregator(NamedTuple):
-    """A fold of updates as a value."""
-
-    spec: Spec
-    init: Callable[[int], Sum]
-    add: Callable[[Sum, Lattice, int], Sum]
-    result: Callable[[Sum], Array]
-    subtract: Callable[[Sum, Lattice, int], Sum]
-    merge: Callable[[Sum, Sum], Sum]
+    work: int = 0
+    """A second number that is summed beside the updates, where a rule needs one."""
 
 
 def weight_of(examples: int, discount: float = 1.0, *, cap: int = MAX_EXAMPLES) -> int:
@@ -74,46 +62,42 @@ def weight_of(examples: int, discount: float = 1.0, *, cap: int = MAX_EXAMPLES) 
     return min(examples, cap) * max(1, round(discount * WEIGHT_ONE))
 
 
-def weighted_mean() -> Aggregator:
-    """Average deltas by weight (McMahan et al. 2017, algorithm 1), in int64 fixed point."""
-    return Aggregator(["weighted_mean"], init, add, result, subtract, merge)
-
-
 def init(count: int) -> Sum:
     """Start a sum over a model of `count` numbers."""
     return Sum(np.zeros(count, np.int64))
 
 
-def add(state: Sum, update: Lattice, weight: int) -> Sum:
-    """Add an update; `weight` comes from `weight_of`.
+def add(state: Sum, update: Lattice, weight: int, *, mass: int | None = None, work: int = 0) -> Sum:
+    """Add an update times its weight, which comes from `weight_of`; its `mass` if not the same.
 
     Raises: AccumulatorFull when the sum might overflow, ValueError when the update does not fit the
         model. The state is unchanged then.
     """
-    _check_fit(state.total.size, update, weight)
+    mass = weight if mass is None else mass
+    _check_fit(state.total.size, update, min(weight, mass))
     values, largest = _fixed(update, weight)
     bound = state.bound + largest
-    if bound > CEILING or state.weight + weight > CEILING:
+    if max(bound, state.mass + mass) > CEILING:
         raise AccumulatorFull(
             f"expected a sum below 2**63, got an update of weight {weight} that may exceed it "
             f"after {state.updates} updates: commit the round first, or clip the update"
         )
     _scatter(state.total, update, values)
-    return replace(state, weight=state.weight + weight, bound=bound, updates=state.updates + 1)
+    return Sum(state.total, state.mass + mass, bound, state.updates + 1, state.work + work)
 
 
 def subtract(state: Sum, update: Lattice, weight: int) -> Sum:
-    """Take back an update that was added with the same weight; exact.
+    """Take back an update that was added with the same weight and mass; exact.
 
     Raises: ValueError when the update does not fit the model, or more is taken than was added.
     """
     _check_fit(state.total.size, update, weight)
     values, largest = _fixed(update, weight)
-    if state.updates < 1 or largest > state.bound or weight > state.weight:
+    if state.updates < 1 or largest > state.bound or weight > state.mass:
         raise ValueError("expected an update that was added before, got one that cannot have been")
     _scatter(state.total, update, -values)
     return replace(
-        state, weight=state.weight - weight, bound=state.bound - largest, updates=state.updates - 1
+        state, mass=state.mass - weight, bound=state.bound - largest, updates=state.updates - 1
     )
 
 
@@ -124,47 +108,18 @@ def merge(one: Sum, other: Sum) -> Sum:
     """
     if one.total.shape != other.total.shape:
         raise ValueError(f"expected shards of one model, got {one.total.size}, {other.total.size}")
-    bound, weight = one.bound + other.bound, one.weight + other.weight
-    if bound > CEILING or weight > CEILING:
+    bound, mass = one.bound + other.bound, one.mass + other.mass
+    if bound > CEILING or mass > CEILING:
         raise AccumulatorFull("expected shards that sum below 2**63, got more: commit one first")
-    return Sum(one.total + other.total, weight, bound, one.updates + other.updates)
+    updates, work = one.updates + other.updates, one.work + other.work
+    return Sum(one.total + other.total, mass, bound, updates, work)
 
 
-def result(state: Sum) -> Array:
-    """Return the weighted mean: float32 `[n]`; zeros where nothing was added."""
-    if state.weight == 0:
+def mean(state: Sum) -> Array:
+    """Return the sum divided by its mass: float32 `[n]`; zeros where nothing was added."""
+    if state.mass == 0:
         return np.zeros(state.total.size, np.float32)
-    return np.divide(state.total, math.ldexp(state.weight, FRACTION_BITS)).astype(np.float32)
-
-
-def dump(state: Sum) -> bytes:
-    """Return a sum as bytes."""
-    head = HEAD.pack(MAGIC, 1, 0, state.total.size, state.weight, state.bound, state.updates)
-    return head + state.total.astype("<i8").tobytes()
-
-
-def load(data: bytes) -> Sum:
-    """Return the sum that `dump` wrote.
-
-    Raises: ValueError when the bytes are not one.
-    """
-    if len(data) < HEAD.size or data[:4] != MAGIC:
-        raise ValueError("expected a stored sum of updates, got other bytes")
-    _, version, _, count, weight, bound, updates = HEAD.unpack_from(data)
-    if version != 1 or len(data) != HEAD.size + 8 * count:
-        raise ValueError(f"expected a stored sum of {count} numbers, got {len(data)} bytes")
-    total = np.frombuffer(data, "<i8", offset=HEAD.size).astype(np.int64)
-    return Sum(total, weight, bound, updates)
-
-
-def from_spec(spec: Spec | str) -> Aggregator:
-    """Return the aggregator that a spec spells.
-
-    Raises: ConfigError for one that is not known.
-    """
-    if spec not in (["weighted_mean"], "weighted_mean"):
-        raise ConfigError(f"expected an aggregator among ['weighted_mean'], got {spec!r:.80}")
-    return weighted_mean()
+    return np.divide(state.total, math.ldexp(state.mass, FRACTION_BITS)).astype(np.float32)
 
 
 def _check_fit(count: int, update: Lattice, weight: int) -> None:

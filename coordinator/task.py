@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from coordinator.aggregators import MAX_EXAMPLES
 from coordinator.strategy import Strategy, fedavg
+from coordinator.sums import MAX_EXAMPLES
 from edge_sdk import codec as codecs
 from edge_sdk import topics
 from edge_sdk.bundle import Bundle
@@ -33,7 +33,8 @@ class Task:
             no limit. One at least is given.
         batch: examples in a step.
         lr: in place of the bundle's learning rate.
-        mu: strength of FedProx's pull to the base; the bundle must have been built for it.
+        mu: strength of FedProx's pull to the base, in place of the strategy's; the bundle must have
+            been built for it.
         late: "fold" puts a straggler's update into the next version, discounted by staleness;
             "refuse" tells the device that it came too late.
         max_norm: an update whose delta has a larger L2 norm is refused.
@@ -73,6 +74,7 @@ class Task:
                 f"task {self.name}: expected max_norm * max_examples up to {HEADROOM:.0e} (the "
                 f"integer sum's room), got {self.max_norm:g} * {self.max_examples}"
             )
+        self._check_support()
         if self.epochs is None and self.steps is None and self.seconds is None:
             raise ConfigError(f"task {self.name}: expected epochs, steps or seconds, got none")
         if self.late not in ("fold", "refuse"):
@@ -82,10 +84,25 @@ class Task:
         if not (isinstance(self.seed, int) and 0 <= self.seed < 2**31):
             raise ConfigError(f"task {self.name}: expected a seed below 2**31, got {self.seed!r}")
 
+    def _check_support(self) -> None:
+        """Refuse a rule that compares devices number by number where they send different ones."""
+        aggregator = self.strategy.aggregator
+        if aggregator.buckets == 0 and not codecs.from_spec(self.codec).sends_all:
+            raise ConfigError(
+                f"task {self.name}: {self.strategy.name} over single devices needs a codec that "
+                f"sends every number, such as dense or exact-ish, got {self.codec!r}; or give it "
+                "buckets"
+            )
+
     @property
     def codec_spec(self) -> Spec:
         """The codec as an invitation spells it: a list of stages, presets resolved."""
         return codecs.from_spec(self.codec).spec
+
+    @property
+    def pull(self) -> float | None:
+        """How strongly devices are pulled to the base: the task's `mu`, or its strategy's."""
+        return self.strategy.mu if self.mu is None else self.mu
 
     def load(self) -> Bundle:
         """Return the bundle, read from its file if need be.
@@ -100,7 +117,7 @@ class Task:
             except OSError as error:
                 reason = error.strerror or str(error)
                 raise ConfigError(f"task {self.name}: bundle {self.bundle}: {reason}") from error
-        if self.mu and not bundle.manifest["proximal"]:
+        if self.pull and not bundle.manifest["proximal"]:
             raise ConfigError(f"task {self.name}: mu needs a bundle built with proximal=True")
         return bundle
 

@@ -55,6 +55,11 @@ class Codec(NamedTuple):
         """Whether the average of many updates has no error left."""
         return any(stage.unbiased for stage in self.stages) or self.spec == [["dense"]]
 
+    @property
+    def sends_all(self) -> bool:
+        """Whether every update says something of every number."""
+        return not any(stage.drops or stage.name == "stochastic" for stage in self.stages)
+
 
 def chain(*stages: Stage) -> Codec:
     """Join stages to a codec without error feedback.

@@ -17,7 +17,7 @@ import pytest
 from fake_fleet import BUNDLE, FakeDevice, World
 
 from coordinator import pacing
-from coordinator.aggregators import weight_of
+from coordinator.aggregators import Report
 from coordinator.desk import first_version
 from coordinator.strategy import Strategy, fedadam
 from coordinator.task import Task
@@ -39,8 +39,8 @@ def replayed(folder: Path, strategy: Strategy) -> list[bytes]:
             for base, examples, blob in db.execute(
                 "SELECT version, examples, blob FROM updates WHERE folded = ?", (version,)
             ):
-                weight = weight_of(examples, strategy.discount(version - 1 - base))
-                total = strategy.aggregator.add(total, codec.lattice(blob, BUNDLE.shapes), weight)
+                report = Report(examples, discount=strategy.discount(version - 1 - base))
+                total = strategy.aggregator.add(total, codec.lattice(blob, BUNDLE.shapes), report)
             mean = strategy.aggregator.result(total)
             weights, state = strategy.server.step(weights, mean, state)
             digests.append(hashlib.sha256(weights.astype("<f4").tobytes()).digest())

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from coordinator import optimizers
-from coordinator.optimizers import ServerOptimizer, adam, momentum, sgd, yogi
+from coordinator.optimizers import ServerOptimizer, adagrad, adam, momentum, sgd, yogi
 from edge_sdk.errors import ConfigError, StoreError
 
-ALL = [sgd(0.5), momentum(0.7, decay=0.9), adam(0.02), yogi(0.02)]
+ALL = [sgd(0.5), momentum(0.7, decay=0.9), adam(0.02), yogi(0.02), adagrad(0.02, b1=0.9)]
 NAMES = [str(o.spec[0]) for o in ALL]
 
 
@@ -31,7 +31,10 @@ def by_hand(name: str, rounds: list[np.ndarray]) -> np.ndarray:
             x = x + 0.7 * m
             continue
         m = 0.9 * m + 0.1 * d
-        v = v - 0.01 * (v - d**2 if name == "adam" else d**2 * np.sign(v - d**2))
+        if name == "adagrad":
+            v = v + d**2
+        else:
+            v = v - 0.01 * (v - d**2 if name == "adam" else d**2 * np.sign(v - d**2))
         x = x + 0.02 * m / (np.sqrt(v) + 1e-3)
     return x
 
@@ -94,7 +97,7 @@ def test_a_spec_makes_the_optimizer_that_spells_it(optimizer: ServerOptimizer) -
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
-        (["lamb"], "expected a server optimizer among sgd, momentum, adam, yogi"),
+        (["lamb"], "expected a server optimizer among sgd, momentum, adagrad, adam"),
         ([], "expected a server optimizer"),
         (["adam", 0.1], r"expected \[name, settings\]"),
         (["adam", {}, {}], r"expected \[name, settings\]"),

@@ -14,7 +14,8 @@ import pytest
 from fake_fleet import BUNDLE, FakeDevice, World, body
 
 import coordinator as coordinator_package
-from coordinator import aggregators, ledger, pacing
+from coordinator import ledger, pacing, sums
+from coordinator.aggregators import Report, Sums
 from coordinator.pacing import Pace
 from coordinator.service import Coordinator
 from coordinator.strategy import fedadam, fedavg
@@ -678,14 +679,15 @@ def test_an_update_that_would_overflow_the_sum_goes_into_the_version_after(
 ) -> None:
     calls = 0
 
-    def add(state: aggregators.Sum, update: codec.Lattice, weight: int) -> aggregators.Sum:
+    plain = fedavg()
+
+    def add(state: Sums, update: codec.Lattice, report: Report) -> Sums:
         nonlocal calls
         calls += 1
         if calls == 3:
-            raise aggregators.AccumulatorFull("expected a sum below 2**63")
-        return aggregators.add(state, update, weight)
+            raise sums.AccumulatorFull("expected a sum below 2**63")
+        return plain.aggregator.add(state, update, report)
 
-    plain = fedavg()
     narrow = plain._replace(aggregator=plain.aggregator._replace(add=add))
 
     async def story(world: World) -> None:
@@ -726,7 +728,7 @@ def test_meeting_the_goal_early_does_not_count_against_completion(tmp_path: Path
 def test_names_load_on_first_use() -> None:
     code = (
         "import sys, coordinator; assert 'numpy' not in sys.modules; "
-        "from coordinator import Coordinator, Task, fedadam, pacing, strategies; "
+        "from coordinator import Coordinator, Task, pacing, strategies; "
         "assert 'onnx' not in sys.modules and 'aiohttp' not in sys.modules; "
         "print(sorted(coordinator.__all__) == dir(coordinator))"
     )

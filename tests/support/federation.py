@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coordinator.aggregators import weight_of, weighted_mean
+from coordinator import sums
+from coordinator.sums import weight_of
 from edge_sdk import codec, params
 from edge_sdk.bundle import Bundle
 from edge_sdk.trainer import Trainer
@@ -48,12 +49,12 @@ def federate(
     bundle: Bundle, devices: Sequence[Rows], plan: Plan, score: Callable[[Params], float]
 ) -> Outcome:
     """Run all rounds; everybody who is invited reports."""
-    chosen, mean = codec.from_spec(plan.codec), weighted_mean()
+    chosen = codec.from_spec(plan.codec)
     states = [chosen.init(bundle.shapes, seed=i) for i in range(len(devices))]
     trainer, rng = Trainer(bundle, seed=plan.seed), np.random.default_rng(plan.seed)
     outcome = Outcome(bundle.params())
     for _ in range(plan.rounds):
-        state = mean.init(params.count(bundle.shapes))
+        state = sums.init(params.count(bundle.shapes))
         for i in rng.choice(len(devices), plan.cohort, replace=False):
             x, y = devices[i]
             trainer.load_params(outcome.params)
@@ -61,8 +62,8 @@ def federate(
             blob, pending = chosen.encode(trainer.delta(), states[i])
             states[i] = chosen.commit(pending, accepted=True)
             outcome.sizes.append(len(blob))
-            state = mean.add(state, codec.lattice(blob, bundle.shapes), weight_of(len(y)))
-        step = params.unflatten(mean.result(state), bundle.shapes)
+            state = sums.add(state, codec.lattice(blob, bundle.shapes), weight_of(len(y)))
+        step = params.unflatten(sums.mean(state), bundle.shapes)
         outcome.params = params.apply(outcome.params, step)
         outcome.scores.append(score(outcome.params))
     return outcome
