@@ -65,6 +65,7 @@ _LABELS = {
     "ram_train": "RAM to train adds",
     "ram_peak": "peak RAM",
     "batch": "rows a step, at most",
+    "micro_batch": "rows at a time",
     "unsized": "not in RAM: tensors of unknown size",
 }
 

@@ -3,21 +3,22 @@
 
 `check` passes, or raises a RefusedError of one line that names the graph, the node and the reason.
 What it proves: only known operators without side effects; inputs and outputs as the manifest
-promises, and no others; patches that write weights and nothing else; an example reaches the outside
-only through new parameters, new optimizer state and scalar metrics, and, where the manifest
-promises a clip, through the clip. docs/reference/bundle-checks.md lists every check.
+promises, and no others; loops that sum up slices of the batch and nothing else; patches that write
+weights and nothing else; an example reaches the outside only through new parameters, new optimizer
+state and scalar metrics, and, where the manifest promises a clip, through the clip.
+docs/reference/bundle-checks.md lists every check.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from edge_sdk import onnxfile, portcheck, reach, tensorcheck
+from edge_sdk import loopcheck, onnxfile, portcheck, reach, tensorcheck
 from edge_sdk.errors import BundleError, RefusedError
 from edge_sdk.limits import Limits
-from edge_sdk.onnxfile import OnnxFile, Operation, shown
+from edge_sdk.onnxfile import Nested, OnnxFile, Operation, shown
 from edge_sdk.onnxschema import STRING
 from edge_sdk.operators import ALLOWED
 
@@ -67,8 +68,9 @@ def _in(role: str, run: Callable[..., T], *args: object) -> T:
 
 def _read(role: str, data: memoryview, limits: Limits) -> OnnxFile:
     graph = _in(role, _read_onnx, data)
-    for run in (_check_model, _check_nodes, tensorcheck.check_stored):
-        _in(role, run, graph, limits)
+    _in(role, _check_model, graph, limits)
+    _in(role, _check_nodes, graph, role == "train")
+    _in(role, tensorcheck.check_stored, graph, limits)
     return graph
 
 
@@ -96,7 +98,8 @@ def _check_memory(manifest: Mapping[str, Any], train: OnnxFile, limits: Limits) 
     params = sum(math.prod(p["shape"]) for p in manifest["params"])
     slots = sum(math.prod(s["shape"]) for s in manifest["slots"])
     anchors = params if manifest["proximal"] else 0
-    constants = sum(map(tensorcheck.nbytes, train.initializers.values()))
+    stored = [train.initializers, *(b.initializers for n in train.nodes for b in n.bodies)]
+    constants = sum(tensorcheck.nbytes(tensor) for part in stored for tensor in part.values())
     least = 4 * (2 * (params + slots) + anchors) + constants  # a step reads one set, writes another
     _check_limit("max_ram_bytes", "bytes of memory for weights and optimizer", least, limits)
 
@@ -114,9 +117,11 @@ def _check_model(graph: OnnxFile, limits: Limits) -> None:
             raise RefusedError(f"expected no {what}, got {count}")
     if _CONFIG in graph.metadata:
         raise RefusedError(f"expected no {_CONFIG} in its metadata: a device sets its own options")
-    if len(graph.nodes) > limits.max_nodes:
-        _check_limit("max_nodes", "nodes", len(graph.nodes), limits)
-    for value in graph.values:
+    bodies = [body for node in graph.nodes for body in node.bodies]
+    nodes = len(graph.nodes) + sum(len(body.nodes) for body in bodies)
+    _check_limit("max_nodes", "nodes", nodes, limits)
+    inner = (v for body in bodies for v in (*body.inputs, *body.outputs, *body.values))
+    for value in (*graph.values, *inner):
         if value.kind not in {"tensor", ""} or value.dtype == STRING:
             kind = "strings" if value.dtype == STRING else value.kind
             raise RefusedError(
@@ -124,25 +129,56 @@ def _check_model(graph: OnnxFile, limits: Limits) -> None:
             )
 
 
-def _check_nodes(graph: OnnxFile, _: Limits) -> None:
+def _check_nodes(graph: OnnxFile, may_loop: bool) -> None:
     """Check each node by itself, and that each reads only what was made before, made once."""
     inputs = {port.name for port in graph.inputs}
     known = inputs | graph.initializers.keys()
     if len(known) != len(inputs) + len(graph.initializers):
         twice = sorted(inputs & graph.initializers.keys())
         raise RefusedError(f"input {shown(twice[0])}: it is stored as well")
-    for node in graph.nodes:
-        _check_node(node)
-        for name in node.inputs:
-            if name and name not in known:
-                raise RefusedError(f"{node.label}: reads {shown(name)}, which nothing made before")
-        for name in filter(None, node.outputs):
-            if name in known:
-                raise RefusedError(f"{node.label}: makes {shown(name)}, which is there already")
-            known.add(name)
+    _check_order(graph.nodes, known, set(known), graph if may_loop else None)
     for port in graph.outputs:
         if port.name not in known:
             raise RefusedError(f"output {shown(port.name)}: nothing makes it")
+
+
+def _check_order(
+    nodes: Sequence[Operation], known: set[str], taken: set[str], loops: OnnxFile | None
+) -> None:
+    """Check nodes one after the other.
+
+    Args:
+        nodes: in order.
+        known: what they may read; learns what they make.
+        taken: every name so far, those in bodies as well: none may mean two tensors.
+        loops: the graph that they are, where it may hold Loops.
+    """
+    for node in nodes:
+        if loops is not None and (node.op, node.domain) == ("Loop", ""):
+            _check_body(node, loopcheck.check(loops, node), known, taken)
+        else:
+            _check_node(node)
+        for name in node.inputs:
+            if name and name not in known:
+                raise RefusedError(f"{node.label}: reads {shown(name)}, which nothing made before")
+        _take(node, filter(None, node.outputs), known, taken)
+
+
+def _check_body(node: Operation, body: Nested, known: set[str], taken: set[str]) -> None:
+    inside = set(known)
+    _take(node, [*(port.name for port in body.inputs), *body.initializers], inside, taken)
+    _check_order(body.nodes, inside, taken, None)
+    for port in body.outputs:
+        if port.name not in inside:
+            raise RefusedError(f"{node.label}: nothing makes {shown(port.name)} in its body")
+
+
+def _take(node: Operation, names: Iterable[str], known: set[str], taken: set[str]) -> None:
+    for name in names:
+        if name in taken:
+            raise RefusedError(f"{node.label}: makes {shown(name)}, which is there already")
+        known.add(name)
+        taken.add(name)
 
 
 def _check_node(node: Operation) -> None:
@@ -192,7 +228,7 @@ def _check_steps(manifest: Mapping[str, Any], train: OnnxFile) -> None:
     seen = {f"p.{i}": 1 << i for i in range(len(manifest["params"]))}
     for node in train.nodes:
         bits = 0
-        for name in node.inputs:
+        for name in node.reads:
             bits |= seen.get(name, 0)
         seen |= dict.fromkeys(node.outputs, bits)
     for i in range(len(manifest["params"])):

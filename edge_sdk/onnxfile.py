@@ -2,8 +2,8 @@
 """What is in a serialized ONNX model, read without `onnx`: enough to judge it, not to run it. Pure.
 
 Weights are never copied: a tensor's bytes stay a view on the file. Counts, sizes and depth are
-bounded; nested graphs, functions and the like are counted and not entered, as nothing that has them
-is run.
+bounded; graphs in nodes of the graph are read, those nested deeper, functions and the like are not
+entered, as nothing that has them is run.
 """
 
 from __future__ import annotations
@@ -63,12 +63,16 @@ class Stored:
 
 
 class Attribute(NamedTuple):
-    """One setting of a node; `number` is an int's value, `tensors` what it stores."""
+    """One setting of a node; `number` is an int's value, `tensors` what it stores.
+
+    `graph` is read in a model's own graph and not entered in a nested one.
+    """
 
     name: str
     kind: str
     number: int | None
     tensors: tuple[Stored, ...]
+    graph: Nested | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +90,16 @@ class Operation:
     """Whether it says on which devices it runs."""
 
     @property
+    def bodies(self) -> list[Nested]:
+        """The graphs that it holds, of those that were entered."""
+        return [a.graph for a in self.attributes if a.graph is not None]
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Every tensor that it depends on: its inputs, and what its bodies read from outside."""
+        return (*self.inputs, *(name for body in self.bodies for name in body.reads))
+
+    @property
     def label(self) -> str:
         """How errors call it: ``Conv node 'stem'``, after its first output if it has no name."""
         name = self.name or next(iter(self.outputs), "")
@@ -99,6 +113,28 @@ class Port(NamedTuple):
     kind: str
     dtype: int
     shape: tuple[int | None, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Nested:
+    """A graph inside a node."""
+
+    nodes: tuple[Operation, ...]
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    values: tuple[Port, ...]
+    initializers: Mapping[str, Stored]
+    sparse: int
+    """How many sparse initializers there are."""
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """What it reads from outside, each name once."""
+        own = {port.name for port in self.inputs} | self.initializers.keys()
+        own |= {name for node in self.nodes for name in node.outputs}
+        asked = [name for node in self.nodes for name in node.inputs]
+        asked += [port.name for port in self.outputs]
+        return tuple(dict.fromkeys(name for name in asked if name and name not in own))
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,22 +167,35 @@ def read(data: memoryview) -> OnnxFile:
     reader = Reader(data.cast("B") if data.format != "B" else data)
     model = reader.message(Span(0, len(data)), MODEL, "model")
     graph = reader.message(_one(model, "graph", "model"), GRAPH, "graph")
+    counted = ("functions", "training_info", "configuration")
+    extras = {name: len(model.get(name, [])) for name in counted}
+    whole = _graph(reader, graph, is_nested=False)
+    extras["sparse_initializer"] = whole.sparse
+    return OnnxFile(
+        opsets=_opsets(reader, model),
+        nodes=whole.nodes,
+        inputs=whole.inputs,
+        outputs=whole.outputs,
+        values=whole.values,
+        initializers=whole.initializers,
+        extras=extras,
+        metadata=_keys(reader, model),
+    )
+
+
+def _graph(reader: Reader, graph: Message, *, is_nested: bool) -> Nested:
     stored = [_tensor(reader, s) for s in _several(graph, "initializer", MAX_TENSORS, "graph")]
     initializers = {tensor.name: tensor for tensor in stored}
     if len(initializers) != len(stored):
         raise BundleError("graph: expected initializers of different names, got a name twice")
-    counted = ("functions", "training_info", "configuration")
-    extras = {name: len(model.get(name, [])) for name in counted}
-    extras["sparse_initializer"] = len(graph.get("sparse_initializer", []))
-    return OnnxFile(
-        opsets=_opsets(reader, model),
-        nodes=tuple(_node(reader, s) for s in _several(graph, "node", MAX_NODES, "graph")),
+    spans = _several(graph, "node", MAX_NODES, "graph")
+    return Nested(
+        nodes=tuple(_node(reader, span, is_nested=is_nested) for span in spans),
         inputs=_ports(reader, graph, "input"),
         outputs=_ports(reader, graph, "output"),
         values=_ports(reader, graph, "value_info"),
         initializers=initializers,
-        extras=extras,
-        metadata=_keys(reader, model),
+        sparse=len(graph.get("sparse_initializer", [])),
     )
 
 
@@ -184,7 +233,7 @@ def _keys(reader: Reader, model: Message) -> frozenset[str]:
     return frozenset(_name(reader, entry, "key", "metadata") for entry in entries)
 
 
-def _node(reader: Reader, span: Span) -> Operation:
+def _node(reader: Reader, span: Span, *, is_nested: bool) -> Operation:
     node = reader.message(span, NODE, "node")
     name = _name(reader, node, "name", "node")
     what = f"node {name!r}"
@@ -199,13 +248,13 @@ def _node(reader: Reader, span: Span) -> Operation:
         name=name,
         inputs=names["input"],
         outputs=names["output"],
-        attributes=tuple(_attribute(reader, s, what) for s in spans),
+        attributes=tuple(_attribute(reader, s, what, enters=not is_nested) for s in spans),
         overload=_name(reader, node, "overload", what),
         is_placed="device_configurations" in node,
     )
 
 
-def _attribute(reader: Reader, span: Span, node: str) -> Attribute:
+def _attribute(reader: Reader, span: Span, node: str, *, enters: bool) -> Attribute:
     found = reader.message(span, ATTRIBUTE, node)
     name = _name(reader, found, "name", node)
     what = f"{node}, attribute {name!r}"
@@ -219,7 +268,10 @@ def _attribute(reader: Reader, span: Span, node: str) -> Attribute:
     if len(spans) > MAX_OTHERS:
         raise BundleError(f"{what}: expected at most {MAX_OTHERS} tensors, got {len(spans)}")
     number = signed(found.get("int", [0])[0]) if kind == "int" else None
-    return Attribute(name, kind, number, tuple(_tensor(reader, s) for s in spans))
+    inner = None
+    if enters and kind == "graph" and kind in found:
+        inner = _graph(reader, reader.message(found[kind][0], GRAPH, what), is_nested=True)
+    return Attribute(name, kind, number, tuple(_tensor(reader, s) for s in spans), inner)
 
 
 def _tensor(reader: Reader, span: Span) -> Stored:

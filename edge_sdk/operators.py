@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which operators a bundle's graphs may use: a closed table. Pure.
 
-Numbers in, numbers out, the same each time. Left out on purpose: what holds other graphs (If, Loop,
-Scan, SequenceMap), strings, images, sequences and optionals, and randomness but for Dropout's.
+Numbers in, numbers out, the same each time. Left out on purpose: what holds other graphs (If, Scan,
+SequenceMap; of Loop only what `loopcheck` proves), strings, images, sequences and optionals, and
+randomness but for Dropout's.
 """
 
 from __future__ import annotations

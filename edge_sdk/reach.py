@@ -30,11 +30,11 @@ def reached(
     """Return the tensors that depend on the sources, not counting ways through the cut ones.
 
     Requires: nodes in topological order. Every input of a node counts, for its shape if nothing
-    else.
+    else, and whatever a Loop's body reads reaches all that the Loop makes.
     """
     found = set(sources) - {""}
     for node in nodes:
-        if not found.isdisjoint(node.inputs):
+        if not found.isdisjoint(node.reads):
             found.update(name for name in node.outputs if name and name not in cut)
     return found
 

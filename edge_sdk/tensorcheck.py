@@ -35,13 +35,17 @@ def check_stored(graph: OnnxFile, limits: Limits) -> None:
 
     Raises: RefusedError.
     """
-    for tensor in graph.initializers.values():
+    bodies = [body for node in graph.nodes for body in node.bodies]
+    stored = dict(graph.initializers)
+    for body in bodies:  # its names are its own: the order of nodes is checked before
+        stored |= body.initializers
+    for tensor in stored.values():
         _check_tensor(tensor)
-    for node in graph.nodes:
+    for node in (*graph.nodes, *(node for body in bodies for node in body.nodes)):
         for attribute in node.attributes:
             for tensor in attribute.tensors:
                 _check_tensor(tensor, f"{node.label}, attribute {shown(attribute.name)}")
-        _check_made(graph, node, limits)
+        _check_made(stored, node, limits)
 
 
 def check_patches(manifest: Mapping[str, Any], predict: OnnxFile) -> None:
@@ -84,14 +88,10 @@ def _is_whole(tensor: Stored) -> bool:
     return counts == ({field: math.ceil(tensor.elements / per_number)} if tensor.elements else {})
 
 
-def _check_made(graph: OnnxFile, node: Operation, limits: Limits) -> None:
+def _check_made(stored: Mapping[str, Stored], node: Operation, limits: Limits) -> None:
     """Refuse to make a tensor of a stored shape that is beyond this device's memory."""
     at = _SHAPE_INPUT.get(node.op)
-    shape = (
-        graph.initializers.get(node.inputs[at])
-        if at is not None and at < len(node.inputs)
-        else None
-    )
+    shape = stored.get(node.inputs[at]) if at is not None and at < len(node.inputs) else None
     if shape is None or shape.data is None or shape.dtype != _INT64:
         return
     size = math.prod(int(d) for d in np.frombuffer(shape.data, "<i8"))

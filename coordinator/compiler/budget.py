@@ -22,6 +22,16 @@ MOST_ROWS, LEAST_ROWS = 32, 4
 gradient is mostly noise."""
 
 
+class Way(NamedTuple):
+    """How a step goes about its batch. `rows`: so many at a time, None for all at once."""
+
+    rows: int | None = None
+
+
+AT_ONCE = Way()
+"""The whole batch, everything kept."""
+
+
 class Budget(NamedTuple):
     """Limits; None is none. `batch`: rows of a step that must fit, None to choose."""
 

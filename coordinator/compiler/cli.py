@@ -42,6 +42,7 @@ def build_main(argv: Sequence[str]) -> int:
         max_bytes_per_update=args.max_bytes_per_update,
         max_flops=args.max_flops,
         batch=args.batch,
+        micro_batch=args.micro_batch,
     )
     bundle.save(args.output)
     if args.json:
@@ -103,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-bytes-per-update", metavar="SIZE", help="what a round may send, such as 8KiB")
     add("--max-flops", type=float, metavar="N", help="operations to train on one example")
     add("--batch", type=int, metavar="N", help="rows of a step that must fit in --max-ram")
+    add("--micro-batch", type=int, metavar="M", help="sum a step's gradients up, M rows at a time")
     add(
         "--ranges",
         choices=["fixed", "learned"],

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx
 
-from coordinator.compiler.budget import MOST_ROWS, Cost
+from coordinator.compiler.budget import AT_ONCE, MOST_ROWS, Cost, Way
 from coordinator.compiler.choose import select
 from coordinator.compiler.explain import cost
 from coordinator.compiler.graph import Graph, Value
@@ -76,8 +76,8 @@ class Draft(NamedTuple):
         return pack(self.manifest | {**called, "cost": table}, self.members)
 
 
-def draft(task: Task, train: str | Sequence[str]) -> Draft:
-    """Compile a task that trains `train`. Raises: CompileError."""
+def draft(task: Task, train: str | Sequence[str], way: Way = AT_ONCE) -> Draft:
+    """Compile a task that trains `train`, in a way. Raises: CompileError."""
     weights = select(task.reached, train, task.logits)
     _check_finite(weights)
     if task.learns_ranges:
@@ -86,7 +86,12 @@ def draft(task: Task, train: str | Sequence[str]) -> Draft:
     opened = open_weights(task.forward, weights, task.logits)
     target = _target(opened.graph.outputs[0], task.loss)
     step, slots = train_graph(
-        opened, task.loss, task.optimizer, target=target, is_proximal=task.is_proximal
+        opened,
+        task.loss,
+        task.optimizer,
+        target=target,
+        is_proximal=task.is_proximal,
+        rows=way.rows,
     )
     measure = evaluate_graph(opened, task.loss, target=target)
     predict, patches = predict_model(task.proto, task.forward, weights)
@@ -99,6 +104,7 @@ def draft(task: Task, train: str | Sequence[str]) -> Draft:
     total = sum(w.value.size for w in find_weights(task.forward))
     total += sum(w.value.size for w in weights if w.role == ROLE)
     table = cost(task.forward, step, weights, total)
+    table |= {} if way.rows is None else {"micro_batch": way.rows}
     manifest = {
         "format": FORMAT,
         "source": "onnx",

@@ -106,6 +106,16 @@ class Emit:
         self._infer(node)
         return node.outputs
 
+    def add(self, node: Node, made: Iterable[Value]) -> None:
+        """Add a finished node and what is known of its outputs."""
+        self.nodes.append(node)
+        self._values |= {value.name: value for value in made}
+        self._taken.update(node.outputs)
+
+    def reserve(self, names: Iterable[str]) -> None:
+        """Keep names out of use: they are taken elsewhere."""
+        self._taken.update(names)
+
     def output(self, node: Node, index: int) -> str:
         """Return the name of a node's output, adding an optional one that the node left out."""
         at = next(i for i, made in enumerate(self.nodes) if made.outputs[0] == node.outputs[0])

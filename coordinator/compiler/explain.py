@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from coordinator.compiler.graph import Graph, Node, Shape
+from coordinator.compiler.body import bodies
+from coordinator.compiler.graph import Graph, Node, Shape, nested
 from coordinator.compiler.lifetimes import at_batch
 from coordinator.compiler.weights import Weight
 
@@ -47,7 +48,8 @@ def cost(forward: Graph, train: Graph, weights: Sequence[Weight], total: int) ->
 
 def operators(graph: Graph) -> dict[str, int]:
     """Count nodes by operator."""
-    return dict(sorted(Counter(node.kind for node in graph.nodes).items()))
+    nodes = [node for part in (graph, *bodies(graph)) for node in part.nodes]
+    return dict(sorted(Counter(node.kind for node in nodes).items()))
 
 
 def flops(graph: Graph) -> int:
@@ -55,8 +57,8 @@ def flops(graph: Graph) -> int:
 
     A multiply and an add count as two; an operator whose shapes are unknown counts as nothing.
     """
-    sized = at_batch(graph, 1)
-    return sum(_flops(sized, node) for node in sized.nodes)
+    sized = [at_batch(part, 1) for part in (graph, *bodies(graph))]
+    return sum(_flops(part, node) for part in sized for node in part.nodes if not nested(node))
 
 
 def _flops(graph: Graph, node: Node) -> int:

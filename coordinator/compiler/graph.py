@@ -8,12 +8,12 @@ operator. An unknown dimension is ``None``; in fedge it is the batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import onnx
@@ -211,12 +211,34 @@ def topological(nodes: Iterable[Node]) -> tuple[Node, ...]:
     return tuple(order)
 
 
+class Nested(Protocol):
+    """A graph inside a node, as the value of an attribute."""
+
+    @property
+    def taken(self) -> int:
+        """How many of the node's inputs are its own; the others are read by the graph inside."""
+
+    def to_proto(self, read: Sequence[str]) -> onnx.GraphProto:
+        """Write the graph; `read`: those others, by their names outside."""
+
+
+def nested(node: Node) -> Nested | None:
+    """Return the graph that a node holds, if it holds one."""
+    found: Nested | None = node.attr("body")
+    return found
+
+
 def to_proto(node: Node) -> onnx.NodeProto:
     """Write one node as a NodeProto; arrays become tensors."""
+    inner = nested(node)
+    inputs = node.inputs if inner is None else node.inputs[: inner.taken]
     proto = helper.make_node(
-        node.op, node.inputs, node.outputs, name=node.name or None, domain=node.domain or None
+        node.op, inputs, node.outputs, name=node.name or None, domain=node.domain or None
     )
-    proto.attribute.extend(_write_attribute(k, v) for k, v in sorted(node.attributes.items()))
+    attributes = dict(node.attributes)
+    if inner is not None:
+        attributes["body"] = inner.to_proto(node.inputs[inner.taken :])
+    proto.attribute.extend(_write_attribute(k, v) for k, v in sorted(attributes.items()))
     return proto
 
 

@@ -5,21 +5,22 @@ What is followed: nodes of constants alone are computed once at load; an activat
 Conv before it and a transpose into the MatMul after it; nodes run in the order of a depth-first
 walk back from the last node whose results nobody reads; a reshape is another name for its input;
 an elementwise node writes over an input that ends with it, where the runtime can prove that both
-are of one size, which a free batch keeps it from; the graph's own inputs and outputs live outside.
-Pure.
+are of one size, which a free batch keeps it from; the graph's own inputs and outputs live outside;
+each turn of a Loop takes its slices, runs its body and frees the sums of the turn before. Pure.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
 from coordinator.compiler.arena import Arena, Chunk
+from coordinator.compiler.body import Body, body_of
 from coordinator.compiler.graph import Graph, Node, Value
 
 BLOCK = 16
@@ -45,6 +46,8 @@ _STEERS = (
     64  # elements: larger constants never steer shape inference, and need not be copied for it
 )
 _FOR_EVER = 1 << 40
+_TURNS = 3
+"""Turns of a Loop that are followed: the third reads sums of the second, as all later ones do."""
 
 
 class Event(NamedTuple):
@@ -82,6 +85,15 @@ class Schedule(NamedTuple):
             most = max(most, now)
         return most
 
+    def around(self, inner: Schedule) -> Schedule:
+        """Return the plan of a graph with a body, whose events it has already."""
+        return self._replace(
+            constants=self.constants + inner.constants,
+            folded=self.folded + inner.folded,
+            nodes=self.nodes + inner.nodes,
+            unknown=(*self.unknown, *inner.unknown),
+        )
+
     def resident(self, steps: int = 4) -> int:
         """Return the bytes that the arena touches in some steps: it settles in a few."""
         arena, held = Arena(), dict[str, Chunk]()
@@ -112,7 +124,11 @@ def at_batch(graph: Graph, batch: int) -> Graph:
 
 def schedule(graph: Graph, batch: int) -> Schedule:
     """Follow one step of `graph`, free dimensions and all, on `batch` rows."""
-    sized = at_batch(graph, batch)
+    return _followed(graph, at_batch(graph, batch), batch)
+
+
+def _followed(graph: Graph, sized: Graph, batch: int, *, keeps_outputs: bool = False) -> Schedule:
+    """Follow a graph, and the bodies in it. `keeps_outputs`: they are the arena's, and stay."""
     constant = _constants(sized)
     running = [n for n in sized.nodes if not constant.issuperset(n.outputs)]
     joined = _without_transposes(_activated(_integer(running, sized), sized), sized)
@@ -122,9 +138,55 @@ def schedule(graph: Graph, batch: int) -> Schedule:
     folded = {name: _bytes(sized, name) for name in constant - known.keys() if name}
     kept = sum(size for name, size in (known | folded).items() if name in read)
     made = [name for node in running for name in node.outputs if name]
-    unknown = tuple(name for name in made if _is_open(sized, name))
-    events = tuple(_events(ready, graph, sized, constant))
-    return Schedule(events, kept, sum(folded.values()), len(ready), unknown)
+    outside = constant | {v.name for v in sized.inputs}
+    outside |= set() if keeps_outputs else {v.name for v in sized.outputs}
+    turns = {n.outputs[0]: _turn(body, batch) for n in ready if (body := body_of(n))}
+    events = tuple(_events(ready, graph, sized, outside, turns))
+    whole = Schedule(
+        events=events,
+        constants=kept,
+        folded=sum(folded.values()),
+        nodes=len(ready),
+        unknown=tuple(name for name in made if _is_open(sized, name)),
+    )
+    for inner in turns.values():
+        whole = whole.around(inner.plan)
+    return whole
+
+
+class _Turn(NamedTuple):
+    """A body's plan, how often it is followed to see what stays, and its sums' bytes by name."""
+
+    plan: Schedule
+    times: int
+    sums: Mapping[str, int]
+
+
+def _turn(body: Body, batch: int) -> _Turn:
+    """Follow a body of a Loop on its slice of the batch; cutting the slices out belongs to it."""
+    rows = min(body.rows, batch)
+    cuts = body.graph.inputs[:2]
+    sized = at_batch(body.graph, rows)
+    cutting = [Node("Slice", (f"{v.name}/whole",), (v.name,)) for v in cuts]
+    whole = [Value(f"{v.name}/whole") for v in cuts]
+    sliced = [
+        replace(g, nodes=(*cutting, *g.nodes), inputs=(*whole, *g.inputs[2:]))
+        for g in (body.graph, sized)
+    ]
+    plan = _followed(sliced[0], sliced[1], rows, keeps_outputs=True)
+    sums = {v.name: _bytes(sized, v.name) for v in body.graph.outputs}
+    return _Turn(plan, min(-(-batch // body.rows), _TURNS), sums)
+
+
+def _turned(turn: _Turn, outputs: Sequence[str]) -> Iterator[Event]:
+    """Yield what turns of a body take and free, and its sums becoming the Loop's outputs."""
+    for i in range(turn.times):
+        yield from (Event(f"{i}/{name}", size) for name, size in turn.plan.events)
+        if i:  # the sums that this turn read
+            yield from (Event(f"{i - 1}/{name}", -1) for name in turn.sums)
+    for out, size in zip(outputs, turn.sums.values(), strict=True):
+        yield Event(out, size)
+    yield from (Event(f"{turn.times - 1}/{name}", -1) for name in turn.sums)
 
 
 def _constants(graph: Graph) -> set[str]:
@@ -253,18 +315,27 @@ def _ordered(nodes: list[Node]) -> list[Node]:
     return order
 
 
-def _events(nodes: list[Node], free: Graph, sized: Graph, constant: set[str]) -> Iterator[Event]:
+def _events(
+    nodes: list[Node],
+    free: Graph,
+    sized: Graph,
+    outside: set[str],
+    turns: Mapping[str, _Turn],
+) -> Iterator[Event]:
     """Yield what each node takes and frees."""
     left = Counter(name for node in nodes for name in node.inputs if name)
-    left.update(dict.fromkeys((v.name for v in sized.outputs), _FOR_EVER))
-    outside = constant | {v.name for v in (*sized.inputs, *sized.outputs)}
+    ends = {v.name for v in sized.outputs}  # never written over anything
+    left.update(dict.fromkeys(ends, _FOR_EVER))
     place: dict[str, str] = {}  # a tensor to the tensor whose memory it lives in
     for node in nodes:
         taken = []
+        if node.outputs[0] in turns:
+            yield from _turned(turns[node.outputs[0]], node.outputs)
         for i, name in enumerate(node.outputs):
-            if not name or name in outside:
+            if not name or name in outside or node.outputs[0] in turns:
                 continue
-            over = _home(node, (free, sized), place, left, outside) if i == 0 else None
+            is_free = i == 0 and name not in ends
+            over = _home(node, (free, sized), place, left, outside) if is_free else None
             place[name] = name if over is None else over
             if over is None:
                 taken.append(name)
@@ -276,12 +347,16 @@ def _events(nodes: list[Node], free: Graph, sized: Graph, constant: set[str]) ->
             yield Event(_SCRATCH, scratch)
             yield Event(_SCRATCH, -1)
         yield from (Event(name, -1) for name in taken if not left[name])
-        for name in node.inputs:
-            home = place.get(name, name)
-            if name and home not in outside:
-                left[home] -= 1
-                if not left[home]:
-                    yield Event(home, -1)
+        homes = [place.get(name, name) for name in node.inputs if name]
+        yield from _let_go([home for home in homes if home not in outside], left)
+
+
+def _let_go(homes: Iterable[str], left: Counter[str]) -> Iterator[Event]:
+    """Yield what is freed when a node has read from these places."""
+    for home in homes:
+        left[home] -= 1
+        if not left[home]:
+            yield Event(home, -1)
 
 
 def _home(

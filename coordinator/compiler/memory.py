@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from coordinator.compiler.body import bodies
 from coordinator.compiler.graph import Graph
 from coordinator.compiler.lifetimes import schedule
 
@@ -77,12 +78,13 @@ class Held(NamedTuple):
 def footprint(train: Graph, held: Held, batch: int) -> Footprint:
     """Predict what training on `batch` rows a step adds at the peak."""
     plan = schedule(train, batch)
-    stored = sum(array.nbytes for array in train.initializers.values())
+    parts = [train, *bodies(train)]
+    stored = sum(array.nbytes for part in parts for array in part.initializers.values())
     folded = max(0, plan.constants - stored)
     copies = 3 + held.is_proximal  # two sets, the round's start, perhaps the anchor
     return Footprint(
         fixed=FIXED_BYTES,
-        loaded=NODE_BYTES * len(train.nodes)
+        loaded=NODE_BYTES * sum(len(part.nodes) for part in parts)
         + round(FILE_SHARE * held.members + CONSTANT_SHARE * folded),
         weights=copies * held.params + 2 * held.slots,
         loading=max(0, COPIES_LOADING * stored - SPARE_BYTES),

@@ -13,7 +13,7 @@ from pathlib import Path
 import onnx
 
 from coordinator.compiler.batch import free_batch
-from coordinator.compiler.budget import Cost, budget, choose
+from coordinator.compiler.budget import Cost, Way, budget, choose
 from coordinator.compiler.choose import selections
 from coordinator.compiler.draft import Draft, Task, draft
 from coordinator.compiler.graph import Graph, Value
@@ -28,6 +28,8 @@ from edge_sdk.requantize import requantize
 from edge_sdk.types import Params
 
 _DEFAULT = sgd(lr=0.05)
+MOST_MICRO = 1 << 20
+"""Rows at a time; more would be a slip of the pen."""
 
 
 def build(
@@ -45,6 +47,7 @@ def build(
     max_bytes_per_update: str | int | None = None,
     max_flops: float | None = None,
     batch: int | None = None,
+    micro_batch: int | None = None,
 ) -> Bundle:
     """Compile a float32 or QDQ int8 ONNX model into a bundle that trains on stock onnxruntime.
 
@@ -69,6 +72,8 @@ def build(
         max_flops: floating-point operations to train on one example.
         batch: rows of a step that have to fit in `max_ram`; by default the most that do, of 4 to
             32. With `max_ram` devices train on no more rows a step than that.
+        micro_batch: compute a step's gradient from so many rows at a time and sum them up: the same
+            step for any batch, in the memory of a small one.
 
     Returns: the same bytes for the same arguments.
     Raises: CompileError that names the node or weight in the way, or the nearest limits that would
@@ -84,13 +89,14 @@ def build(
         forward, logits = _forward(proto, rule)
     task = Task(proto, forward, logits, rule, optimizer, proximal, batch, ranges == "learned")
     called = {"name": name or _name(model, proto)}
+    way = Way(_micro(micro_batch))
     if limits.is_open:
-        return draft(task, "all" if train is None else train).packed(called)
+        return draft(task, "all" if train is None else train, way).packed(called)
     options = _options(task, train)
     drafts: dict[str, Draft] = {}
 
     def price(spelled: str) -> Cost:
-        drafts[spelled] = draft(task, options[spelled])
+        drafts[spelled] = draft(task, options[spelled], way)
         return drafts[spelled].cost
 
     chosen = choose(list(options), price, limits)
@@ -117,6 +123,13 @@ def _check(optimizer: Optimizer, engines: Sequence[str], ranges: str) -> None:
         raise CompileError(
             f"expected engines=('onnx',), got {tuple(engines)!r}: no other is written yet"
         )
+
+
+def _micro(rows: int | None) -> int | None:
+    is_number = isinstance(rows, int) and not isinstance(rows, bool)
+    if rows is not None and not (is_number and 1 <= rows <= MOST_MICRO):
+        raise CompileError(f"expected a micro_batch of 1 to {MOST_MICRO} rows, got {rows!r}")
+    return rows
 
 
 def _options(task: Task, train: str | Sequence[str] | None) -> dict[str, str | Sequence[str]]:

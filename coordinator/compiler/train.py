@@ -15,6 +15,7 @@ import numpy as np
 
 import coordinator.compiler.rewrites
 import coordinator.compiler.rules  # noqa: F401  both fill their tables
+from coordinator.compiler.accumulate import accumulated, shared
 from coordinator.compiler.channels import turn
 from coordinator.compiler.dequant import (
     drop_requantize,
@@ -89,19 +90,29 @@ def open_weights(graph: Graph, weights: Sequence[Weight], logits: str) -> Open:
 
 
 def train_graph(
-    opened: Open, loss: Loss, optimizer: Optimizer, *, target: Value, is_proximal: bool
+    opened: Open,
+    loss: Loss,
+    optimizer: Optimizer,
+    *,
+    target: Value,
+    is_proximal: bool,
+    rows: int | None = None,
 ) -> tuple[Graph, list[Slot]]:
     """Return the graph of one training step and the optimizer's slots.
 
     Inputs x, y, lr, p.i, s.j and, if proximal, mu and a.i; outputs loss, p.i.next, s.j.next.
+    With `rows`, gradients are those of so many rows at a time, summed up (`accumulate`).
     """
     e = Emit(turn(opened.graph, opened.leaves))
     e.input("y", target.dtype or np.float32, target.shape)
     e.input("lr")
     made = loss.learn(e, opened.logits, "y")
+    made = made if rows is None else shared(e, made)
     grads = backward(e, {opened.logits: made.gradient}, opened.leaves)
     grads |= {leaf: e.Mul(grads[leaf], e.const(SLOWED)) for leaf in opened.ranges}
-    gradients = [grads[leaf] for leaf in opened.leaves]
+    mean, gradients = made.loss, [grads[leaf] for leaf in opened.leaves]
+    if rows is not None:
+        e, (mean, *gradients) = accumulated(e, [mean, *gradients], rows)
     params = [f"p.{i}" for i in range(len(opened.params))]
     anchors = [f"a.{i}" for i in range(len(params))] if is_proximal else []
     slots = optimizer.slots(opened.params)
@@ -111,7 +122,7 @@ def train_graph(
             e.input(anchor, np.float32, shape)
         gradients = proximal(e, gradients, params, e.input("mu"), anchors)
     directions = optimizer.emit(e, gradients, states)
-    results = [made.loss, *descend(e, params, "lr", directions), *directions.slots]
+    results = [mean, *descend(e, params, "lr", directions), *directions.slots]
     names = ["loss", *(f"{name}.next" for name in (*params, *states))]
     order = ["x", "y", "lr", *params, *states, *(["mu", *anchors] if is_proximal else [])]
     shapes = {f"{p}.next": s for p, (_, s) in zip(params, opened.params, strict=True)}

@@ -103,7 +103,10 @@ def a_graph(op: str) -> Change:
 @pytest.mark.parametrize("role", ["train", "evaluate", "predict"])
 def test_nested_graphs_are_refused(op: str, role: str) -> None:
     line = refusal(planted(MOMENTUM, role, a_graph(op)))
-    assert line.startswith(f"{role} graph: {op} node 'leak': this operator is not among those")
+    said = "this operator is not among those"
+    if (op, role) == ("Loop", "train"):  # where it may sum up slices of the batch
+        said = "expected sums to go in and come out, and nothing else"
+    assert line.startswith(f"{role} graph: {op} node 'leak': {said}")
 
 
 def test_a_nested_graph_in_an_operator_that_is_allowed_is_refused() -> None:
