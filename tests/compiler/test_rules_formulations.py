@@ -47,10 +47,17 @@ def convolution(x: tuple[int, ...], w: tuple[int, ...], attributes: dict) -> tup
     return e, e.nodes[-1]
 
 
+@pytest.mark.parametrize("is_small", [True, False])
 @pytest.mark.parametrize(("x", "w", "attributes"), LAYERS)
 def test_all_formulations_of_a_layer_agree(
-    x: tuple[int, ...], w: tuple[int, ...], attributes: dict
+    x: tuple[int, ...],
+    w: tuple[int, ...],
+    attributes: dict,
+    is_small: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if not is_small:  # no table of places is stored for a large image
+        monkeypatch.setattr(formulations, "_MOST_PLACES", 0)
     e, node = convolution(x, w, attributes)
     layer = layer_of(e, node)
     filters = [FILTER[name](e, "x", "g", layer) for name in sorted(FILTER) if serves(name, layer)]

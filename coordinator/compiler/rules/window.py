@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from coordinator.compiler.emit import Emit
 from coordinator.compiler.graph import Node
@@ -131,6 +132,25 @@ def tap_slices(e: Emit, x: str, w: Window, first: int = 2) -> Iterator[str]:
         starts = [t * d for t, d in zip(tap, w.dilations, strict=True)]
         ends = [a + (o - 1) * s + 1 for a, o, s in zip(starts, w.out, w.strides, strict=True)]
         yield e.Slice(x, e.ints(*starts), e.ints(*ends), axes, e.ints(*w.strides))
+
+
+def seen_places(w: Window) -> NDArray[np.int64]:
+    """Return where in the flattened input each tap of each window looks: [*out, *kernel] indices.
+
+    What lies outside is the place after the last.
+    """
+    rank = len(w.kernel)
+    flat = np.zeros((1,) * 2 * rank, np.int64)
+    met = np.ones((1,) * 2 * rank, np.bool_)
+    for axis, size in enumerate(w.size):
+        starts = np.arange(w.out[axis]) * w.strides[axis] - w.begins[axis]
+        seen = starts[:, None] + np.arange(w.kernel[axis]) * w.dilations[axis]
+        shape = [1] * 2 * rank
+        shape[axis], shape[rank + axis] = seen.shape
+        seen = seen.reshape(shape)
+        flat = flat * size + seen
+        met = met & (seen >= 0) & (seen < size)
+    return np.where(met, flat, math.prod(w.size))
 
 
 def transposed(e: Emit, g: str, weights: str, w: Window, group: int) -> str:
