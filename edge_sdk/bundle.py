@@ -8,14 +8,14 @@ before memory is taken for it, and the same inputs give the same bytes on every 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edge_sdk import archive, explain, files
+from edge_sdk import archive, explain, files, splices
 from edge_sdk import manifest as schema
 from edge_sdk import params as tensors
 from edge_sdk.errors import BundleError
@@ -83,13 +83,13 @@ class Bundle:
         return tensors.unflatten(flat, self.shapes)
 
     def member(self, name: str) -> bytes:
-        """Return one member's bytes.
+        """Return one member's bytes, whole.
 
         Raises: BundleError when the bundle has no such member.
         """
         if name not in self._members:
             raise BundleError(f"expected one of {sorted(self._members)}, got {name!r}")
-        return bytes(self._members[name])
+        return splices.join(name, self._members, self.manifest["spliced"].get(name, ()))
 
     def check(self, limits: Limits | None = None) -> None:
         """Check the graphs as a device does before it runs them.
@@ -99,8 +99,13 @@ class Bundle:
         from edge_sdk import graphcheck  # the training child never needs it
         from edge_sdk.limits import Limits
 
-        members = self._members.__getitem__
-        graphcheck.check(self.manifest, members, len(self.data), limits or Limits())
+        graphcheck.check(self.manifest, self._view, len(self.data), limits or Limits())
+
+    def _view(self, name: str) -> memoryview:
+        """Return a whole member, without a copy where it shares nothing."""
+        if name in self.manifest["spliced"]:
+            return memoryview(self.member(name))
+        return self._members[name]
 
     def graph(self, format: str, role: str) -> bytes:  # noqa: A002 - the field's word
         """Return the `predict`, `train` or `evaluate` graph in a format, "onnx" or "tflite".
@@ -152,17 +157,23 @@ class Bundle:
         return f"<Bundle {self.manifest['name']} {self.digest[:12]} {len(self.data)} bytes>"
 
 
-def pack(manifest: Mapping[str, Any], members: Mapping[str, bytes]) -> Bundle:
-    """Make a bundle of a manifest (without its `members` table) and the members' bytes.
+def pack(
+    manifest: Mapping[str, Any],
+    members: Mapping[str, bytes],
+    spans: Mapping[str, Iterable[splices.Span]] | None = None,
+) -> Bundle:
+    """Make a bundle of a manifest, but for its tables of members, and the members' bytes.
 
+    `spans` are bytes of members that others may have, too: they are stored once.
     Raises: BundleError when the manifest is at odds with the schema or with the members.
     """
+    stored, spliced = splices.split(members, spans or {})
     table = {
         name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
-        for name, data in members.items()
+        for name, data in stored.items()
     }
-    raw = schema.encode({**manifest, "members": table})
-    return Bundle.from_bytes(archive.write({**members, MANIFEST: raw}))
+    raw = schema.encode({**manifest, "members": table, "spliced": spliced})
+    return Bundle.from_bytes(archive.write({**stored, MANIFEST: raw}))
 
 
 def _check_digests(manifest: Mapping[str, Any], members: Mapping[str, memoryview]) -> None:

@@ -50,12 +50,17 @@ def check(manifest: Mapping[str, Any], member: Member, size: int, limits: Limits
     roles = manifest["graphs"].get(FORMAT)
     if roles is None:
         raise RefusedError(f"expected {FORMAT} graphs, got {sorted(manifest['graphs'])}")
-    graphs = {role: _read(role, member(roles[role]), limits) for role in sorted(roles)}
-    for role, graph in graphs.items():
-        _in(role, portcheck.check, role, graph, manifest)
-    _in("predict", tensorcheck.check_patches, manifest, graphs["predict"])
-    _in("train", _check_flow, manifest, graphs["train"])
-    _check_memory(manifest, graphs["train"], limits)
+    for role in sorted(roles):  # one at a time: a member that shares bytes is a copy
+        _check_graph(role, _read(role, member(roles[role]), limits), manifest, limits)
+
+
+def _check_graph(role: str, graph: OnnxFile, manifest: Mapping[str, Any], limits: Limits) -> None:
+    _in(role, portcheck.check, role, graph, manifest)
+    if role == "predict":
+        _in(role, tensorcheck.check_patches, manifest, graph)
+    if role == "train":
+        _in(role, _check_flow, manifest, graph)
+        _check_memory(manifest, graph, limits)
 
 
 def _in(role: str, run: Callable[..., T], *args: object) -> T:

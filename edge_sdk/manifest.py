@@ -23,6 +23,7 @@ FORMAT = "fedge-bundle/2"
 MAX_MANIFEST_BYTES = 4 << 20
 MAX_TENSORS = 10_000
 MAX_NUMBERS = 1 << 25  # 128 MiB of float32: what an archive can carry
+MAX_WHOLE_BYTES = 4 * MAX_NUMBERS  # of a member, with what it shares put in
 LOSSES = ("cross_entropy", "mse", "bce_logits")
 DTYPES = ("float32", "float16", "int8", "uint8", "int16", "uint16", "int32", "int64", "bool")
 ROLES = ("predict", "train", "evaluate")
@@ -73,6 +74,7 @@ def check(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
         _fail("format", repr(FORMAT), manifest.get("format"), "upgrade fedge or rebuild")
     _fields(_MANIFEST)("", manifest)
     _check_members(manifest["members"], sizes)
+    sizes = _whole(manifest["spliced"], sizes)
     _ROWS("cost.batch", manifest["cost"].get("batch", 1))
     _check_params(manifest, sizes)
     _check_graphs(manifest, sizes)
@@ -262,6 +264,9 @@ _MANIFEST: dict[str, Check] = {
     "patches": _formats(_list(_patch)),
     "cost": _map(_either(_NUMBER, _map(_NUMBER))),
     "members": _map(_MEMBER),
+    "spliced": _map(
+        _list(_fields({"at": _OFFSET, "member": _TEXT, "offset": _OFFSET, "size": _OFFSET}))
+    ),
 }
 
 
@@ -271,6 +276,28 @@ def _check_members(members: Mapping[str, Any], sizes: Mapping[str, int]) -> None
     for name, size in sizes.items():
         if members[name]["size"] != size:
             _fail(f"members.{name}.size", str(size), members[name]["size"], "fetch it again")
+
+
+def _whole(
+    spliced: Mapping[str, list[Mapping[str, Any]]], sizes: Mapping[str, int]
+) -> Mapping[str, int]:
+    """Return the sizes of whole members, once their splices are known to fit."""
+    whole = dict(sizes)
+    for name, splices in spliced.items():
+        if name not in sizes or name == "params.bin":
+            _fail(f"spliced.{name}", "a graph of this bundle", name)
+        begun = gone = 0
+        for i, splice in enumerate(splices):
+            field, end = f"spliced.{name}[{i}]", splice["offset"] + splice["size"]
+            if end > sizes.get(splice["member"], 0):
+                _fail(field, "bytes that a member stores", splice)
+            if not begun <= splice["at"] - gone <= sizes[name]:
+                _fail(f"{field}.at", "places in order, within the member", splice["at"])
+            begun, gone = splice["at"] - gone, gone + splice["size"]
+        whole[name] += gone
+    if max(whole.values(), default=0) > MAX_WHOLE_BYTES:
+        _fail("spliced", f"members of at most {MAX_WHOLE_BYTES} bytes", max(whole.values()))
+    return whole
 
 
 def _check_params(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
