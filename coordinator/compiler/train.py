@@ -7,7 +7,7 @@ integer kernels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +30,7 @@ from coordinator.compiler.optim import Optimizer, Slot, descend, proximal
 from coordinator.compiler.passes import drop_unused, rename, simplify
 from coordinator.compiler.ranges import ROLE, SLOWED, step
 from coordinator.compiler.rewrite import rewritten
-from coordinator.compiler.vjp import backward
+from coordinator.compiler.vjp import RULES, SeveralRule, backward
 from coordinator.compiler.weights import Weight
 from edge_sdk.errors import CompileError
 
@@ -97,18 +97,20 @@ def train_graph(
     target: Value,
     is_proximal: bool,
     rows: int | None = None,
+    rules: Mapping[str, SeveralRule] | None = None,
 ) -> tuple[Graph, list[Slot]]:
     """Return the graph of one training step and the optimizer's slots.
 
     Inputs x, y, lr, p.i, s.j and, if proximal, mu and a.i; outputs loss, p.i.next, s.j.next.
-    With `rows`, gradients are those of so many rows at a time, summed up (`accumulate`).
+    With `rows`, gradients are those of so many rows at a time, summed up (`accumulate`). With
+    `rules`, another back end's gradients, images stay as the model has them.
     """
-    e = Emit(turn(opened.graph, opened.leaves))
+    e = Emit(turn(opened.graph, opened.leaves) if rules is None else opened.graph)
     e.input("y", target.dtype or np.float32, target.shape)
     e.input("lr")
     made = loss.learn(e, opened.logits, "y")
     made = made if rows is None else shared(e, made)
-    grads = backward(e, {opened.logits: made.gradient}, opened.leaves)
+    grads = backward(e, {opened.logits: made.gradient}, opened.leaves, rules or RULES)
     grads |= {leaf: e.Mul(grads[leaf], e.const(SLOWED)) for leaf in opened.ranges}
     mean, gradients = made.loss, [grads[leaf] for leaf in opened.leaves]
     if rows is not None:

@@ -103,19 +103,25 @@ def vjp(*ops: str) -> Callable[[Rule], Rule]:
     """Register a rule for operators whose first output alone is differentiable."""
 
     def register(rule: Rule) -> Rule:
-        def single(e: Emit, n: Node, upstream: Grads) -> Grads:
-            first, *others = upstream
-            if first is None or any(others):
-                raise CompileError(
-                    f"expected gradients for the first output of {n.label} only: "
-                    "do not let the loss depend on its other outputs"
-                )
-            return rule(e, n, first)
-
-        RULES.update(dict.fromkeys(ops, single))
+        RULES.update(dict.fromkeys(ops, single(rule)))
         return rule
 
     return register
+
+
+def single(rule: Rule) -> SeveralRule:
+    """Return a rule of the first output as one of all: the others carry no gradient."""
+
+    def checked(e: Emit, n: Node, upstream: Grads) -> Grads:
+        first, *others = upstream
+        if first is None or any(others):
+            raise CompileError(
+                f"expected gradients for the first output of {n.label} only: "
+                "do not let the loss depend on its other outputs"
+            )
+        return rule(e, n, first)
+
+    return checked
 
 
 def vjp_several(*ops: str) -> Callable[[SeveralRule], SeveralRule]:
@@ -149,7 +155,12 @@ def reshape_like(e: Emit, g: str, like: str) -> str:
     return e.declare(e.Reshape(g, target), shape)
 
 
-def backward(e: Emit, seeds: Mapping[str, str], targets: Sequence[str]) -> dict[str, str]:
+def backward(
+    e: Emit,
+    seeds: Mapping[str, str],
+    targets: Sequence[str],
+    rules: Mapping[str, SeveralRule] = RULES,
+) -> dict[str, str]:
     """Emit the gradients of `targets` and return their names by target.
 
     Args:
@@ -157,6 +168,7 @@ def backward(e: Emit, seeds: Mapping[str, str], targets: Sequence[str]) -> dict[
         seeds: gradients that are already known, by tensor (the loss with a constant 1, or the
             logits with the gradient a loss wrote down).
         targets: tensors to differentiate by; each may be an input, an initializer or any value.
+        rules: the table to take them from; a back end may have some of its own.
 
     Only nodes between a target and a seed are visited, and ``e.needs`` answers for the rest.
 
@@ -171,25 +183,30 @@ def backward(e: Emit, seeds: Mapping[str, str], targets: Sequence[str]) -> dict[
         grads = {name: [g] for name, g in seeds.items()}
         for node in reversed(nodes):
             if any(out in grads and out in wanted for out in node.outputs):
-                _visit(e, node, grads, wanted, set(targets))
+                _visit(e, node, grads, wanted, set(targets), rules)
     finally:
         e.want(None)
     return {target: _total(e, grads, target, nodes) for target in targets}
 
 
 def _visit(
-    e: Emit, node: Node, grads: dict[str, list[str]], wanted: set[str], kept: set[str]
+    e: Emit,
+    node: Node,
+    grads: dict[str, list[str]],
+    wanted: set[str],
+    kept: set[str],
+    rules: Mapping[str, SeveralRule],
 ) -> None:
     """Apply one node's rule and hand its gradients to its inputs."""
     if node.kind in FLAT:
         return
     upstream = tuple(_sum(e, grads, out) for out in node.outputs)
-    if node.kind not in RULES:
+    if node.kind not in rules:
         raise CompileError(
             f"expected a gradient rule for every operator between the trained tensors and the "
             f"loss, {node.label} has none: train only tensors after it, or add @vjp({node.kind!r})"
         )
-    for name, g in zip(node.inputs, RULES[node.kind](e, node, upstream), strict=False):
+    for name, g in zip(node.inputs, rules[node.kind](e, node, upstream), strict=False):
         if g is not None and name in wanted:
             grads.setdefault(name, []).append(_shaped(e, node, name, g))
     for out in node.outputs:

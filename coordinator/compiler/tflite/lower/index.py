@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What takes numbers by their place: gather, one-hot."""
+
+from __future__ import annotations
+
+from coordinator.compiler.graph import Node
+from coordinator.compiler.tflite.lower.forms import Lowering
+from coordinator.compiler.tflite.lower.table import lowers, refused
+from coordinator.compiler.tflite.tape import is_free
+
+
+@lowers("Gather")
+def _gather(low: Lowering, n: Node) -> None:
+    t, rank = low.tape, low.rank(n.inputs[0])
+    axis = n.attr("axis", 0) % rank
+    data, places = low.get(n.inputs[0]), low.get(n.inputs[1])
+    fixed = low.constant(n.inputs[1])
+    if fixed is not None and (fixed < 0).any():
+        size = low.shape(n.inputs[0])[axis]
+        places = t.const((fixed % size).astype("int32"), "int32")
+    shape = (*t.shape(data)[:axis], *t.shape(places), *t.shape(data)[axis + 1 :])
+    low.put(n.outputs[0], t.add("GATHER", [data, places], shape, axis=axis, batch_dims=0))
+
+
+@lowers("GatherElements")
+def _gather_elements(low: Lowering, n: Node) -> None:
+    """Take one element along an axis: a product with a one-hot row."""
+    t, rank = low.tape, low.rank(n.inputs[0])
+    axis = n.attr("axis", 0) % rank
+    shape, places = low.shape(n.inputs[0]), low.shape(n.inputs[1])
+    if places != (*shape[:axis], 1, *shape[axis + 1 :]) or is_free(shape[axis]):
+        raise refused(n, f"takes {places} elements of {shape}, one along an axis is possible")
+    flat = t.reshape(low.get(n.inputs[1]), (*shape[:axis], *shape[axis + 1 :]))
+    picked = t.mul(low.get(n.inputs[0]), _hot(low, flat, shape[axis], axis, (1.0, 0.0)))
+    low.put(n.outputs[0], t.reduce("SUM", picked, (axis,), keep=True))
+
+
+@lowers("OneHot")
+def _one_hot(low: Lowering, n: Node) -> None:
+    depth, values = low.constant(n.inputs[1]), low.constant(n.inputs[2])
+    if depth is None or values is None:
+        raise refused(n, "has a depth or values that are not constant")
+    rank = low.rank(n.inputs[0])
+    off, on = (float(v) for v in values)
+    made = _hot(
+        low,
+        low.get(n.inputs[0]),
+        int(depth.reshape(-1)[0]),
+        n.attr("axis", -1) % (rank + 1),
+        (on, off),
+    )
+    low.put(n.outputs[0], made)
+
+
+def _hot(low: Lowering, places: int, depth: int, axis: int, values: tuple[float, float]) -> int:
+    t = low.tape
+    shape = t.shape(places)
+    inputs = [places, t.const(depth, "int32"), t.const(values[0]), t.const(values[1])]
+    made = (*shape[:axis], depth, *shape[axis:])
+    return t.add("ONE_HOT", inputs, made, "float32", axis=axis if axis < len(shape) else -1)
