@@ -23,6 +23,7 @@ from coordinator.compiler.predict import predict_model
 from coordinator.compiler.ranges import ROLE, learn_ranges
 from coordinator.compiler.train import evaluate_graph, open_weights, train_graph
 from coordinator.compiler.weights import Weight, find_weights
+from coordinator.compiler.writeback import Source, predict_file
 from edge_sdk.bundle import Bundle, pack
 from edge_sdk.errors import CompileError
 from edge_sdk.manifest import FORMAT
@@ -39,6 +40,7 @@ class Task:
         logits: the tensor of `forward` that the loss reads.
         batch: rows of a step that the cost table must tell of, besides its usual ones.
         learns_ranges: train the steps of int8 activations, too.
+        source: the .tflite file that the model came from.
     """
 
     proto: onnx.ModelProto
@@ -49,6 +51,7 @@ class Task:
     is_proximal: bool
     batch: int | None = None
     learns_ranges: bool = False
+    source: Source | None = None
 
     @property
     def reached(self) -> Graph:
@@ -80,6 +83,7 @@ def draft(task: Task, train: str | Sequence[str], way: Way = AT_ONCE) -> Draft:
     """Compile a task that trains `train`, in a way. Raises: CompileError."""
     weights = select(task.reached, train, task.logits)
     _check_finite(weights)
+    given = task.forward
     if task.learns_ranges:
         task, ranges = _with_ranges(task, weights)
         weights = [*weights, *ranges]
@@ -95,19 +99,24 @@ def draft(task: Task, train: str | Sequence[str], way: Way = AT_ONCE) -> Draft:
     )
     measure = evaluate_graph(opened, task.loss, target=target)
     predict, patches = predict_model(task.proto, task.forward, weights)
+    graphs, rewritten = {"onnx": _GRAPHS}, {"onnx": patches}
     members = {
         "params.bin": b"".join(w.value.astype("<f4").tobytes() for w in weights),
         _GRAPHS["predict"]: predict,
         _GRAPHS["train"]: _written(step),
         _GRAPHS["evaluate"]: _written(measure),
     }
+    if task.source is not None:
+        file, rewritten["tflite"] = predict_file(task.source, given, task.forward, weights)
+        graphs["tflite"] = {"predict": "tflite/predict.tflite"}
+        members[graphs["tflite"]["predict"]] = file
     total = sum(w.value.size for w in find_weights(task.forward))
     total += sum(w.value.size for w in weights if w.role == ROLE)
     table = cost(task.forward, step, weights, total)
     table |= {} if way.rows is None else {"micro_batch": way.rows}
     manifest = {
         "format": FORMAT,
-        "source": "onnx",
+        "source": "onnx" if task.source is None else "tflite",
         "producer": f"fedge {_version()}",
         "loss": task.loss.name,
         "train": train if isinstance(train, str) else list(train),
@@ -119,15 +128,23 @@ def draft(task: Task, train: str | Sequence[str], way: Way = AT_ONCE) -> Draft:
         "target": {"dtype": task.loss.target, "shape": list(target.shape or ())},
         "params": [{"name": w.name, "shape": list(w.value.shape)} for w in weights],
         "slots": [slot._asdict() | {"shape": list(slot.shape)} for slot in slots],
-        "graphs": {"onnx": _GRAPHS},
-        "patches": {"onnx": patches},
+        "graphs": graphs,
+        "patches": rewritten,
         "cost": table | _ram(task, step, weights, slots, members),
     }
     return Draft(manifest, members)
 
 
 def _with_ranges(task: Task, weights: Sequence[Weight]) -> tuple[Task, list[Weight]]:
-    proto, forward, ranges = learn_ranges(task.proto, task.forward, task.reached, weights)
+    source = task.source
+    proto, forward, ranges = learn_ranges(
+        task.proto,
+        task.forward,
+        task.reached,
+        weights,
+        fixed=source.fixed if source else (),
+        together=source.together if source else (),
+    )
     return replace(task, proto=proto, forward=forward), ranges
 
 

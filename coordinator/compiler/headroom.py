@@ -7,6 +7,9 @@ grow past it and are cut off: the loss then stops falling, and ties decide the c
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
 import numpy as np
 import onnx
 from onnx import numpy_helper
@@ -15,8 +18,24 @@ from coordinator.compiler.graph import Graph
 from edge_sdk.errors import CompileError
 
 
-def widen(proto: onnx.ModelProto, graph: Graph, logits: str, headroom: float) -> onnx.ModelProto:
+class Widened(NamedTuple):
+    """A model with a wider step, and what that step was called and is called now."""
+
+    proto: onnx.ModelProto
+    old: str
+    new: str
+
+
+def widen(
+    proto: onnx.ModelProto,
+    graph: Graph,
+    logits: str,
+    headroom: float,
+    together: Sequence[Collection[str]] = (),
+) -> Widened:
     """Return the model with the step between its logits' integers `headroom` times as large.
+
+    Steps whose names are in one set of `together` stay equal, and change for all their users.
 
     Raises: CompileError for a headroom below 1, or a model whose logits are not quantized.
     """
@@ -32,10 +51,18 @@ def widen(proto: onnx.ModelProto, graph: Graph, logits: str, headroom: float) ->
     wide.CopyFrom(proto)
     old = next(t for t in wide.graph.initializer if t.name == scale)
     step = numpy_helper.to_array(old) * np.float32(headroom)
-    name = f"{made}.scale"
+    name = _fresh(wide.graph, f"{made}.scale")
+    alike = {other for names in together if scale in names for other in names}
     wide.graph.initializer.append(numpy_helper.from_array(step.astype(np.float32), name))
     for node in wide.graph.node:
         reads = node.op_type == "DequantizeLinear" and node.input[0] == made
-        if made in node.output or reads:
+        if made in node.output or reads or alike.intersection(node.input[1:2]):
             node.input[1] = name
-    return wide
+    return Widened(wide, scale, name)
+
+
+def _fresh(graph: onnx.GraphProto, name: str) -> str:
+    taken = {t.name for t in graph.initializer}
+    while name in taken:
+        name += "_"
+    return name

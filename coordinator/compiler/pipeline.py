@@ -22,6 +22,8 @@ from coordinator.compiler.load import for_training, load
 from coordinator.compiler.losses import Loss, from_name, logits_of
 from coordinator.compiler.optim import Optimizer, sgd
 from coordinator.compiler.passes import drop_identities
+from coordinator.compiler.tflite.unshare import restored
+from coordinator.compiler.writeback import source_of
 from edge_sdk.bundle import Bundle
 from edge_sdk.errors import CompileError
 from edge_sdk.requantize import requantize
@@ -49,10 +51,11 @@ def build(
     batch: int | None = None,
     micro_batch: int | None = None,
 ) -> Bundle:
-    """Compile a float32 or QDQ int8 ONNX model into a bundle that trains on stock onnxruntime.
+    """Compile a float32 or int8 model, ONNX or TFLite, into a bundle that trains on stock runtimes.
 
     Args:
-        model: path, bytes or ModelProto: one input [batch, ...], one output.
+        model: path, bytes or ModelProto: one input [batch, ...], one output. ONNX in QDQ or
+            QOperator format where it is int8; or a .tflite file.
         loss: "cross_entropy" (class ids int64 [N]; output [N, C]), "mse" or "bce_logits" (float32
             targets of the output's shape). A last Softmax or Sigmoid is left to the loss.
         train: "all", "bias", "last:2" (layers with weights), a name, a glob such as "head.*", or a
@@ -82,12 +85,16 @@ def build(
     _check(optimizer, engines, ranges)
     limits = budget(max_ram, max_bytes_per_update, max_flops, batch)
     rule = from_name(loss)
-    proto = free_batch(load(model))
+    source = source_of(model)
+    proto = free_batch(load(source.proto if source else model))
     forward, logits = _forward(proto, rule)
     if headroom != 1.0:
-        proto = widen(proto, forward, logits, headroom)
+        together = source.together if source else ()
+        proto, old, new = widen(proto, forward, logits, headroom, together)
+        source = source.widened(old, new, headroom) if source else None
         forward, logits = _forward(proto, rule)
-    task = Task(proto, forward, logits, rule, optimizer, proximal, batch, ranges == "learned")
+    learns = ranges == "learned"
+    task = Task(proto, forward, logits, rule, optimizer, proximal, batch, learns, source)
     called = {"name": name or _name(model, proto)}
     way = Way(_micro(micro_batch))
     if limits.is_open:
@@ -106,9 +113,14 @@ def build(
 def export(bundle: Bundle, params: Params) -> bytes:
     """Return the inference model with trained values in it; int8 stays int8, rescaled.
 
-    With the bundle's own `params()` the bytes are those of its predict graph.
+    It is in the format of the model that the bundle was built from: ONNX, or the original .tflite
+    file with other numbers in it. With the bundle's own `params()` the bytes are those of its
+    predict graph; of a .tflite file, those of the file.
     """
-    return requantize(bundle, params)
+    source = bundle.manifest["source"]
+    model = requantize(bundle, params, source)
+    is_as_built = model == bundle.graph(source, "predict")
+    return restored(model) if source == "tflite" and is_as_built else model
 
 
 def _check(optimizer: Optimizer, engines: Sequence[str], ranges: str) -> None:

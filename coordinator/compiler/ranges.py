@@ -11,7 +11,7 @@ same version quantize alike. Zero points stay.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -40,7 +40,13 @@ _STEPS = (1e-30, 1e30)
 
 
 def learn_ranges(
-    proto: onnx.ModelProto, forward: Graph, reached: Graph, weights: Sequence[Weight]
+    proto: onnx.ModelProto,
+    forward: Graph,
+    reached: Graph,
+    weights: Sequence[Weight],
+    *,
+    fixed: Collection[str] = (),
+    together: Sequence[Collection[str]] = (),
 ) -> tuple[onnx.ModelProto, Graph, list[Weight]]:
     """Give each quantizer that the trained weights reach a step of its own, and return the steps.
 
@@ -52,19 +58,22 @@ def learn_ranges(
         forward: the same as a Graph.
         reached: what of it makes the logits.
         weights: the trained ones.
+        fixed: steps by name that must not change.
+        together: sets of steps by name that stay equal, and change for all their users or none.
 
     Returns: model and graph with the copied steps, and one Weight of shape [] for each: 0 octaves.
     """
-    groups = _groups(forward, reached, {name for w in weights for name in w.tensors})
+    trained = {name for w in weights for name in w.tensors}
+    groups = _groups(forward, reached, trained, fixed, together)
     taken = {w.name for w in weights}
     found = []
     for quantizers in groups:
         name = _fresh(f"{quantizers[0].inputs[0]}.range", taken)
-        old = quantizers[0].inputs[1]
+        old = list(dict.fromkeys(q.inputs[1] for q in quantizers))
         outputs = {q.outputs[0] for q in quantizers}
         outputs |= {n.outputs[0] for q in quantizers for n in forward.uses[q.outputs[0]]}
         proto = _in_proto(proto, outputs, old, name)
-        forward = _in_graph(forward, outputs, old, name)
+        forward = _in_graph(forward, outputs, old[0], name)
         at_start = np.zeros((), np.float32)
         found.append(Weight(name, name, (name,), at_start, ROLE, -1, quantizers[0]))
     return proto, forward, found
@@ -82,24 +91,60 @@ def step(e: Emit, value: str, start: float) -> str:
     return e.Mul(octave, e.Add(e.Sub(t, whole), e.const(1.0)))
 
 
-def _groups(forward: Graph, reached: Graph, trained: Iterable[str]) -> list[list[Node]]:
+def _groups(
+    forward: Graph,
+    reached: Graph,
+    trained: Iterable[str],
+    fixed: Collection[str],
+    together: Sequence[Collection[str]],
+) -> list[list[Node]]:
     """Return the quantizers that can learn, those of one step together, in topological order."""
-    learning, groups = set(trained), dict[str, list[Node]]()
-    home: dict[str, str] = {}  # step's name, or a quantizer's integers: the key of its group
-    fixed = set()
+    learning, quantizers = set(trained), []
+    alike = Classes()
     for node in reached.nodes:
         if not learning.intersection(node.inputs):
             continue
         learning.update(node.outputs)
-        if node.kind != "QuantizeLinear":
-            continue
-        scale, out = node.inputs[1], node.outputs[0]
-        key = home.get(scale) or home.get(_moved_from(reached, node)) or scale
-        home[scale] = home[out] = key
-        groups.setdefault(key, []).append(node)
-        if not _can_learn(forward, node):
-            fixed.add(key)
-    return [nodes for key, nodes in groups.items() if key not in fixed]
+        if node.kind == "QuantizeLinear":
+            quantizers.append(node)
+            moved_from = _moved_from(reached, node)
+            alike.join(node.inputs[1], node.outputs[0], *([moved_from] if moved_from else []))
+    for names in together:
+        alike.join(*names)
+    groups: dict[str, list[Node]] = {}
+    for node in quantizers:
+        groups.setdefault(alike.of(node.inputs[1]), []).append(node)
+    kept = {alike.of(n.inputs[1]) for n in quantizers if not _can_learn(forward, n)}
+    kept |= {alike.of(name) for name in fixed}
+    integers = {node.outputs[0] for node in quantizers}
+    for name in (name for names in together for name in names):
+        if not _makers(forward, name) <= integers:
+            kept.add(alike.of(name))
+    return [nodes for key, nodes in groups.items() if key not in kept]
+
+
+class Classes:
+    """Names in classes that are joined one by one."""
+
+    def __init__(self) -> None:
+        self._parent: dict[str, str] = {}
+
+    def of(self, name: str) -> str:
+        """Return the name that stands for a name's class."""
+        while (parent := self._parent.get(name, name)) != name:
+            name = parent
+        return name
+
+    def join(self, first: str, *others: str) -> None:
+        """Make one class of those of several names."""
+        for other in others:
+            self._parent[self.of(other)] = self.of(first)
+
+
+def _makers(graph: Graph, step: str) -> set[str]:
+    """Return the integers that are made or read by a step."""
+    users = graph.uses.get(step, ())
+    return {n.outputs[0] if n.kind == "QuantizeLinear" else n.inputs[0] for n in users}
 
 
 def _moved_from(graph: Graph, node: Node) -> str:
@@ -138,17 +183,20 @@ def _fresh(name: str, taken: set[str]) -> str:
     return name
 
 
-def _in_proto(proto: onnx.ModelProto, outputs: set[str], old: str, new: str) -> onnx.ModelProto:
+def _in_proto(
+    proto: onnx.ModelProto, outputs: set[str], old: Sequence[str], new: str
+) -> onnx.ModelProto:
     own = onnx.ModelProto()
     own.CopyFrom(proto)
     copy = own.graph.initializer.add()
-    copy.CopyFrom(next(t for t in own.graph.initializer if t.name == old))
+    copy.CopyFrom(next(t for t in own.graph.initializer if t.name == old[0]))
     copy.name = new
     for node in own.graph.node:
         if outputs.intersection(node.output):
             node.input[1] = new
-    if not any(old in node.input for node in own.graph.node):
-        own.graph.initializer.remove(next(t for t in own.graph.initializer if t.name == old))
+    used = {name for node in own.graph.node for name in node.input}
+    for tensor in [t for t in own.graph.initializer if t.name in old and t.name not in used]:
+        own.graph.initializer.remove(tensor)
     return own
 
 

@@ -131,7 +131,7 @@ FILES = {
     "text.onnx": (b"hello, this is no model", "text.onnx is not one", "export it again"),
     "cut.onnx": (cnn().SerializeToString()[:-300], "cut.onnx is not one, or is cut short", "again"),
     "empty.onnx": (b"", "empty.onnx holds a graph without nodes", "export it again"),
-    "model.tflite": (b"\0\0\0\0TFL3", "got model.tflite", "export to ONNX"),
+    "model.tflite": (b"\0\0\0\0TFL3", "model.tflite is not one", "export it again"),
 }
 
 OPTIONS: dict[str, tuple[list[str], str]] = {

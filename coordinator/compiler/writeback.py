@@ -1,0 +1,406 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What training may change of the .tflite file that a model came from, as byte ranges of that file.
+
+A device predicts with the original file, trained tensors written over their old bytes: weights in
+the file's own layout, their scales, int32 biases on the scales that their kernels demand, and the
+ranges of activations that learned. Which tensor follows which is read from the file's operators,
+not from the ONNX graph that was trained. The file differs from what was given in one case: where a
+constant that training touches has another tensor as a user, it is given bytes of its own
+(`unshare`, which also undoes it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+
+from coordinator.compiler.graph import Graph
+from coordinator.compiler.ranges import ROLE
+from coordinator.compiler.tflite.importer import Imported, import_model
+from coordinator.compiler.tflite.unshare import unshared
+from coordinator.compiler.weights import Weight
+from edge_sdk.errors import BundleError, CompileError
+from edge_sdk.tflitefile import Operator, Tensor, TfliteFile, read
+from edge_sdk.tfliteschema import IDENTIFIER
+
+_BIASED = {
+    "CONV_2D": (0, 1, 2),
+    "CONV_3D": (0, 1, 2),
+    "DEPTHWISE_CONV_2D": (0, 1, 2),
+    "FULLY_CONNECTED": (0, 1, 2),
+    "TRANSPOSE_CONV": (2, 1, 3),
+}
+"""Operators whose int32 bias has the scale of input times weight, and the places of the three."""
+
+_JOINS = frozenset({"CONCATENATION", "MAXIMUM", "MINIMUM", "PACK", "PADV2", "SELECT", "SELECT_V2"})
+"""Operators that want one scale for all their inputs, stored ones too."""
+
+_ALIKE = _JOINS | {
+    "AVERAGE_POOL_2D", "BATCH_TO_SPACE_ND", "BROADCAST_TO", "DEPTH_TO_SPACE", "EXPAND_DIMS",
+    "GATHER", "GATHER_ND", "MAX_POOL_2D", "MIRROR_PAD", "PAD", "REDUCE_MAX", "REDUCE_MIN",
+    "RESHAPE", "RESIZE_BILINEAR", "RESIZE_NEAREST_NEIGHBOR", "REVERSE_V2", "SLICE",
+    "SPACE_TO_BATCH_ND", "SPACE_TO_DEPTH", "SPLIT", "SPLIT_V", "SQUEEZE", "STRIDED_SLICE", "TILE",
+    "TRANSPOSE", "UNPACK",
+}  # fmt: skip
+"""Operators that put out the integers they take in, or a mean of them, on one scale."""
+
+_CLOSE = 1e-6  # up to which AVERAGE_POOL_2D takes scales as equal
+
+Patch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A .tflite file as it was given, and what it became in ONNX.
+
+    Attributes:
+        data: the file; file: what is in it.
+        imported: the ONNX model, and which tensor each of its names stands for.
+    """
+
+    data: bytes
+    file: TfliteFile
+    imported: Imported
+
+    @property
+    def proto(self) -> onnx.ModelProto:
+        """The model in ONNX."""
+        return self.imported.proto
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors of the main subgraph."""
+        return self.file.subgraphs[self.imported.subgraph].tensors
+
+    @property
+    def operators(self) -> tuple[Operator, ...]:
+        """The operators of the main subgraph."""
+        return self.file.subgraphs[self.imported.subgraph].operators
+
+    @cached_property
+    def alike(self) -> Mapping[int, frozenset[int]]:
+        """Which activations have one scale because an operator wants it so, by each of them."""
+        classes: dict[int, frozenset[int]] = {}
+        for op in self.operators:
+            if op.op in _ALIKE:
+                for names in _equal(self, [*op.inputs, *op.outputs]):
+                    joined = frozenset[int]().union(*(classes.get(t, {t}) for t in names))
+                    classes |= dict.fromkeys(joined, joined)
+        return classes
+
+    def with_alike(self, tensors: Iterable[int]) -> frozenset[int]:
+        """Return tensors, and all that have their scales from necessity."""
+        return frozenset[int]().union(*(self.alike.get(t, {t}) for t in tensors))
+
+    @property
+    def together(self) -> list[frozenset[str]]:
+        """Names of activation scales in sets that have to stay equal."""
+        steps = self.imported.steps
+        classes = {self.with_alike(tensors) for tensors in steps.values()}
+        sets = [frozenset(n for n in steps if found.intersection(steps[n])) for found in classes]
+        return sorted(sets, key=sorted)
+
+    @property
+    def fixed(self) -> frozenset[str]:
+        """Names of activation scales that must stay: kernels, or stored tensors, count on them."""
+        joined = {t for op in self.operators if _joins_stored(self, op) for t in op.outputs}
+        steps = self.imported.steps
+        return self.imported.fixed | {name for name in steps if joined.intersection(steps[name])}
+
+    def widened(self, scale: str, wide: str, factor: float) -> Source:
+        """Return the same with an activation's scale times `factor`, called `wide` from now on."""
+        data = bytearray(self.data)
+        steps = dict(self.imported.steps)
+        tensors = self.with_alike(steps[scale])
+        for at in {_scale_at(self.tensors[t]) for t in tensors}:
+            step = np.frombuffer(data, "<f4", 1, at) * np.float32(factor)
+            data[at : at + 4] = step.astype("<f4").tobytes()
+        steps = {name: ts for name, ts in steps.items() if not tensors.intersection(ts)}
+        imported = replace(self.imported, steps=steps | {wide: tuple(sorted(tensors))})
+        made = bytes(data)
+        return replace(self, data=made, file=read(made), imported=imported)
+
+
+class _Bias(NamedTuple):
+    """An int32 bias with the input and the weight of its kernel, as tensors of the file."""
+
+    bias: int
+    input: int
+    weight: int
+
+
+def source_of(model: str | Path | bytes | onnx.ModelProto) -> Source | None:
+    """Read and import a model that is a .tflite file, given as a path or bytes; else return None.
+
+    Raises: CompileError for what is damaged or cannot be imported.
+    """
+    name = "these bytes"
+    if isinstance(model, str | Path):
+        path = Path(model)
+        if path.suffix != ".tflite":
+            return None
+        name, model = path.name, _bytes(path)
+    elif not isinstance(model, bytes) or model[4:8] != IDENTIFIER:
+        return None
+    try:
+        file = read(model)
+    except BundleError as error:
+        raise CompileError(
+            f"expected a TFLite model, {name} is not one, or is damaged: export it again ({error})"
+        ) from error
+    return Source(model, file, import_model(model))
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CompileError(
+            f"expected a model at {path}: {error.strerror}; correct the path"
+        ) from error
+
+
+def predict_file(
+    source: Source, before: Graph, graph: Graph, weights: Sequence[Weight]
+) -> tuple[bytes, list[Patch]]:
+    """Return the .tflite file that a device predicts with, and its patches for the manifest.
+
+    Args:
+        source: where the model came from.
+        before: the forward graph with the scales' names of the import.
+        graph: the same as it is trained, where ranges may have names of their own.
+        weights: the trained ones, in the manifest's order.
+
+    Raises: CompileError when a trained tensor is not one of the file.
+    """
+    tensors = {i: _origin(source, w) for i, w in enumerate(weights) if w.role != ROLE}
+    ranges = {i: _shared_by(source, before, graph, w) for i, w in enumerate(weights)}
+    biases = _followers(source, set(tensors.values()), {t for ts in ranges.values() for t in ts})
+    own = sorted({*tensors.values(), *(b.bias for b in biases)})
+    data = unshared(source.data, _to_copy(source, own))
+    source = replace(source, data=data, file=read(data))
+    writing = _Writing(source, weights, tensors, ranges)
+    followed = {b.bias for b in biases}
+    patches = [writing.weight(graph, i, t) for i, t in tensors.items() if t not in followed]
+    patches += [p for i in ranges for p in writing.range(i)]
+    patches += [writing.bias(b) for b in biases]
+    _check_scales(source, patches, ranges.values())
+    return data, patches
+
+
+class _Writing:
+    """Makes patches of one file: `tensors` and `ranges` say what each trained weight is in it."""
+
+    def __init__(
+        self,
+        source: Source,
+        weights: Sequence[Weight],
+        tensors: Mapping[int, int],
+        ranges: Mapping[int, Sequence[int]],
+    ) -> None:
+        self.source, self.weights, self.ranges = source, weights, ranges
+        self.param = {t: i for i, t in tensors.items()}
+        self.input = {t: i for i, ts in ranges.items() for t in ts}
+
+    def weight(self, graph: Graph, i: int, t: int) -> Patch:
+        """Return the patch of a trained constant, after a look at the bytes that it replaces."""
+        weight, tensor = self.weights[i], self.source.tensors[t]
+        order = self.source.imported.origins[weight.source].order
+        stored = graph.initializers[weight.source]
+        laid_out = stored if order is None else np.transpose(stored, order)
+        here = self.source.file.data(tensor.buffer)
+        if np.ascontiguousarray(laid_out).tobytes() != here:
+            raise CompileError(
+                f"expected {weight.name!r} as the .tflite file has it, the import changed it: "
+                "leave it out of train"
+            )
+        patch = {"param": i, "kind": "float32", "offset": self._offset(t)}
+        if weight.quantized is not None:
+            patch |= self._quantized(weight, t)
+        if order is not None and weight.value.ndim:
+            patch["order"] = list(order)
+        return patch
+
+    def range(self, i: int) -> list[Patch]:
+        """Return the patches of a learned range: one for each tensor that it stands for."""
+        tensors = self.source.tensors
+        places = sorted({_scale_at(tensors[t]) for t in self.ranges[i]})
+        return [{"param": i, "kind": ROLE, "offset": at} for at in places]
+
+    def bias(self, found: _Bias) -> Patch:
+        """Return the patch of an int32 bias, trained or frozen, that follows what moved."""
+        bias, weight, x = (self.source.tensors[t] for t in (found.bias, found.weight, found.input))
+        if len(bias.scale) != len(weight.scale):
+            raise CompileError(
+                f"expected as many scales for bias {bias.name!r} as for its weight, got "
+                f"{len(bias.scale)} and {len(weight.scale)}: quantize the model again"
+            )
+        patch: Patch = {
+            "param": self.param.get(found.bias),
+            "kind": "bias",
+            "offset": self._offset(found.bias),
+            "scale_offset": _scale_at(bias),
+            "scales": len(bias.scale),
+            "input_scale": float(x.scale[0]),
+        }
+        if found.bias not in self.param:
+            patch["shape"] = list(bias.shape)
+        if found.input in self.input:
+            patch["input"] = self.input[found.input]
+        if found.weight in self.param:
+            return {**patch, "weight": self.param[found.weight]}
+        return {**patch, "weight_scale": [float(s) for s in weight.scale]}
+
+    def _quantized(self, weight: Weight, t: int) -> Patch:
+        tensor, scheme = self.source.tensors[t], weight.quantized
+        if scheme is None or tensor.dtype not in {"int8", "uint8"}:
+            raise CompileError(
+                f"expected int8, uint8 or float32 numbers in {tensor.name!r}, got {tensor.dtype} "
+                "that no kernel's bias is: leave it out of train"
+            )
+        points = [int(z) for z in scheme.zero_point]
+        return {
+            "kind": "quantized",
+            "dtype": tensor.dtype,
+            "scale_offset": _scale_at(tensor),
+            "scales": len(tensor.scale),
+            "axis": scheme.axis,
+            "zero_point": points[0] if len(set(points)) == 1 else points,
+        }
+
+    def _offset(self, t: int) -> int:
+        return self.source.file.buffers[self.source.tensors[t].buffer].offset
+
+
+def _origin(source: Source, weight: Weight) -> int:
+    """Return the tensor of the file that a weight is."""
+    origin = source.imported.origins.get(weight.source)
+    if origin is None:
+        raise CompileError(
+            f"expected weights that the .tflite file stores in float32 or 8 bits, {weight.name!r} "
+            "is computed, or in another type: leave it out of train"
+        )
+    for op in source.operators:
+        if _joins_stored(source, op) and origin.tensor in op.inputs:
+            raise CompileError(
+                f"expected weights whose scale may change, {op.op} wants that of {weight.name!r} "
+                "to equal its other inputs': leave it out of train"
+            )
+    return origin.tensor
+
+
+def _joins_stored(source: Source, op: Operator) -> bool:
+    """Tell whether an operator wants the scale of a stored tensor to be that of others."""
+    stored = [t for t in op.inputs if t >= 0 and _is_stored(source, t)]
+    return op.op in _JOINS and any(len(source.tensors[t].scale) for t in stored)
+
+
+def _equal(source: Source, tensors: Iterable[int]) -> list[list[int]]:
+    """Return computed 8-bit tensors in lists of those with one scale and zero point."""
+    lists: list[list[int]] = []
+    for t in tensors:
+        if t < 0 or _is_stored(source, t) or not _is_activation(source.tensors[t]):
+            continue
+        own = next((found for found in lists if _is_close(source, found[0], t)), None)
+        if own is None:
+            lists.append([t])
+        else:
+            own.append(t)
+    return lists
+
+
+def _is_activation(tensor: Tensor) -> bool:
+    return tensor.dtype in {"int8", "uint8"} and len(tensor.scale) == 1
+
+
+def _is_close(source: Source, a: int, b: int) -> bool:
+    one, other = source.tensors[a], source.tensors[b]
+    same = one.dtype == other.dtype and one.zero_point[0] == other.zero_point[0]
+    return bool(same and abs(one.scale[0] - other.scale[0]) <= _CLOSE)
+
+
+def _is_stored(source: Source, t: int) -> bool:
+    return source.file.buffers[source.tensors[t].buffer].size > 0
+
+
+def _shared_by(source: Source, before: Graph, graph: Graph, weight: Weight) -> tuple[int, ...]:
+    """Return the tensors of the file whose range a parameter is, none for a weight."""
+    if weight.role != ROLE:
+        return ()
+    made = {n.outputs[0] for n in graph.nodes if n.input(1) == weight.source}
+    names = dict.fromkeys(n.inputs[1] for n in before.nodes if n.outputs[0] in made)
+    found = [t for name in names for t in source.imported.steps.get(name, ())]
+    return tuple(sorted(source.with_alike(found)))
+
+
+def _followers(source: Source, trained: set[int], ranged: set[int]) -> list[_Bias]:
+    """Return the int32 biases that are trained, or whose weight or input is."""
+    found: dict[int, _Bias] = {}
+    for op in source.operators:
+        places = _BIASED.get(op.op)
+        if places is None or len(op.inputs) <= max(places):
+            continue
+        x, w, b = (int(op.inputs[n]) for n in places)
+        if b < 0 or source.tensors[b].dtype != "int32" or not len(source.tensors[b].scale):
+            continue
+        if not {w, b} & trained and not {x, w} & ranged:
+            continue
+        if not _is_stored(source, w):
+            raise CompileError(
+                f"expected stored weights beside the int32 bias of {op.op}, they are computed: "
+                "train another selection"
+            )
+        if found.setdefault(b, _Bias(b, x, w)) != _Bias(b, x, w):
+            raise CompileError(
+                f"expected bias {source.tensors[b].name!r} to belong to one operator, it belongs "
+                "to several: train another selection"
+            )
+    return list(found.values())
+
+
+def _to_copy(source: Source, own: Sequence[int]) -> list[tuple[int, int]]:
+    """Return which of the tensors to be written need a copy, so that each has its own bytes."""
+    main, copied = source.imported.subgraph, list[tuple[int, int]]()
+    for t in own:
+        users = source.file.users(source.tensors[t].buffer)
+        others = [(s, u) for s, u in users if (s, u) != (main, t) and (s, u) not in copied]
+        if others:
+            copied.append((main, t))
+    return copied
+
+
+def _check_scales(
+    source: Source, patches: Sequence[Patch], ranges: Iterable[Sequence[int]]
+) -> None:
+    """Raise where a scale that would be written belongs to a tensor that keeps its own."""
+    written = {p["offset" if p["kind"] == ROLE else "scale_offset"] for p in patches if _scaled(p)}
+    main = source.file.subgraphs[source.imported.subgraph]
+    users: dict[int, list[Tensor]] = {}
+    for subgraph in source.file.subgraphs:
+        for tensor in subgraph.tensors:
+            if tensor.scale_offset is not None and tensor.scale_offset in written:
+                users.setdefault(tensor.scale_offset, []).append(tensor)
+    moved = [[id(main.tensors[t]) for t in together] for together in ranges]
+    for found in users.values():
+        if len(found) > 1 and not any({*map(id, found)} <= {*together} for together in moved):
+            names = ", ".join(repr(tensor.name) for tensor in found)
+            raise CompileError(
+                f"expected scales of their own for {names}, the file stores one for all: convert "
+                "the model again"
+            )
+
+
+def _scaled(patch: Patch) -> bool:
+    return "scale_offset" in patch or patch["kind"] == ROLE
+
+
+def _scale_at(tensor: Tensor) -> int:
+    if tensor.scale_offset is None:
+        raise CompileError(f"expected a scale for {tensor.name!r}: quantize the model again")
+    return tensor.scale_offset
