@@ -12,19 +12,20 @@ docs/reference/bundle-checks.md lists every check.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from edge_sdk import loopcheck, onnxfile, portcheck, reach, tensorcheck
+from edge_sdk import clips, loopcheck, onnxfile, portcheck, reach, tensorcheck, tflitegraph
 from edge_sdk.errors import BundleError, RefusedError
 from edge_sdk.limits import Limits
 from edge_sdk.onnxfile import Nested, OnnxFile, Operation, shown
 from edge_sdk.onnxschema import STRING
-from edge_sdk.operators import ALLOWED
+from edge_sdk.operators import ALLOWED, TFLITE
 
 T = TypeVar("T")
 Member = Callable[[str], memoryview]
-FORMAT = "onnx"
+Allowed = Mapping[str, Collection[str]]
+"""Operators that may run, by domain."""
 _OTHER_FORMAT = b"ORTM"  # at byte 4: onnxruntime would read its own format instead of ONNX
 _CONFIG = "ort_config"  # session options in a model's metadata
 _NUMBERS = {"float", "floats", "int", "ints", "string", "strings", "tensor"}
@@ -36,7 +37,7 @@ _DECLARED = {
 
 
 def check(manifest: Mapping[str, Any], member: Member, size: int, limits: Limits) -> None:
-    """Check the graphs that onnxruntime would run.
+    """Check the graphs that an engine would run, in every format that there is.
 
     Args:
         manifest: checked against its schema.
@@ -47,42 +48,50 @@ def check(manifest: Mapping[str, Any], member: Member, size: int, limits: Limits
     Raises: RefusedError, one line, for the first thing that is not as it must be.
     """
     _check_declared(manifest, size, limits)
-    roles = manifest["graphs"].get(FORMAT)
-    if roles is None:
-        raise RefusedError(f"expected {FORMAT} graphs, got {sorted(manifest['graphs'])}")
-    for role in sorted(roles):  # one at a time: a member that shares bytes is a copy
-        _check_graph(role, _read(role, member(roles[role]), limits), manifest, limits)
+    for name in sorted(manifest["graphs"]):
+        roles = manifest["graphs"][name]
+        for role in sorted(roles):  # one at a time: a member that shares bytes is a copy
+            at = role if name == "onnx" else f"{name} {role}"
+            graph = _in(at, _read, name, role, member(roles[role]), limits)
+            _in(at, _check_graph, name, role, graph, manifest)
+            if role == "train":
+                _check_memory(manifest, graph, limits)
 
 
-def _check_graph(role: str, graph: OnnxFile, manifest: Mapping[str, Any], limits: Limits) -> None:
-    _in(role, portcheck.check, role, graph, manifest)
-    if role == "predict":
-        _in(role, tensorcheck.check_patches, manifest, graph)
-    if role == "train":
-        _in(role, _check_flow, manifest, graph)
-        _check_memory(manifest, graph, limits)
-
-
-def _in(role: str, run: Callable[..., T], *args: object) -> T:
+def _in(at: str, run: Callable[..., T], *args: object) -> T:
     """Run a check; what it refuses names the graph."""
     try:
         return run(*args)
     except BundleError as error:
-        raise RefusedError(f"{role} graph: {error}") from error
+        raise RefusedError(f"{at} graph: {error}") from error
 
 
-def _read(role: str, data: memoryview, limits: Limits) -> OnnxFile:
-    graph = _in(role, _read_onnx, data)
-    _in(role, _check_model, graph, limits)
-    _in(role, _check_nodes, graph, role == "train")
-    _in(role, tensorcheck.check_stored, graph, limits)
+def _read(format_: str, role: str, data: memoryview, limits: Limits) -> OnnxFile:
+    graph = _READERS[format_](data)
+    if graph.state and role != "predict":
+        raise RefusedError(f"{shown(min(graph.state))}: expected nothing kept from run to run")
+    _check_model(graph, limits)
+    _check_nodes(graph, _ALLOWED[format_], may_loop=role == "train")
+    tensorcheck.check_stored(graph, limits)
     return graph
+
+
+def _check_graph(format_: str, role: str, graph: OnnxFile, manifest: Mapping[str, Any]) -> None:
+    portcheck.check(role, graph, manifest)
+    if role == "predict":
+        tensorcheck.check_patches(manifest["patches"][format_], manifest["params"], graph)
+    if role == "train":
+        _check_flow(manifest, graph)
 
 
 def _read_onnx(data: memoryview) -> OnnxFile:
     if bytes(data[4:8]) == _OTHER_FORMAT:
         raise RefusedError("expected ONNX, got onnxruntime's own format")
     return onnxfile.read(data)
+
+
+_READERS = {"onnx": _read_onnx, "tflite": tflitegraph.read}
+_ALLOWED: Mapping[str, Allowed] = {"onnx": ALLOWED, "tflite": {tflitegraph.DOMAIN: TFLITE}}
 
 
 # --- what it costs ------------------------------------------------------------------------------
@@ -134,21 +143,26 @@ def _check_model(graph: OnnxFile, limits: Limits) -> None:
             )
 
 
-def _check_nodes(graph: OnnxFile, may_loop: bool) -> None:
+def _check_nodes(graph: OnnxFile, allowed: Allowed, *, may_loop: bool) -> None:
     """Check each node by itself, and that each reads only what was made before, made once."""
     inputs = {port.name for port in graph.inputs}
     known = inputs | graph.initializers.keys()
     if len(known) != len(inputs) + len(graph.initializers):
         twice = sorted(inputs & graph.initializers.keys())
         raise RefusedError(f"input {shown(twice[0])}: it is stored as well")
-    _check_order(graph.nodes, known, set(known), graph if may_loop else None)
+    known |= graph.state
+    _check_order(graph.nodes, known, set(known), allowed, graph if may_loop else None)
     for port in graph.outputs:
         if port.name not in known:
             raise RefusedError(f"output {shown(port.name)}: nothing makes it")
 
 
 def _check_order(
-    nodes: Sequence[Operation], known: set[str], taken: set[str], loops: OnnxFile | None
+    nodes: Sequence[Operation],
+    known: set[str],
+    taken: set[str],
+    allowed: Allowed,
+    loops: OnnxFile | None,
 ) -> None:
     """Check nodes one after the other.
 
@@ -156,13 +170,14 @@ def _check_order(
         nodes: in order.
         known: what they may read; learns what they make.
         taken: every name so far, those in bodies as well: none may mean two tensors.
+        allowed: operators that may run, by domain.
         loops: the graph that they are, where it may hold Loops.
     """
     for node in nodes:
         if loops is not None and (node.op, node.domain) == ("Loop", ""):
             _check_body(node, loopcheck.check(loops, node), known, taken)
         else:
-            _check_node(node)
+            _check_node(node, allowed)
         for name in node.inputs:
             if name and name not in known:
                 raise RefusedError(f"{node.label}: reads {shown(name)}, which nothing made before")
@@ -172,7 +187,7 @@ def _check_order(
 def _check_body(node: Operation, body: Nested, known: set[str], taken: set[str]) -> None:
     inside = set(known)
     _take(node, [*(port.name for port in body.inputs), *body.initializers], inside, taken)
-    _check_order(body.nodes, inside, taken, None)
+    _check_order(body.nodes, inside, taken, ALLOWED, None)
     for port in body.outputs:
         if port.name not in inside:
             raise RefusedError(f"{node.label}: nothing makes {shown(port.name)} in its body")
@@ -186,10 +201,10 @@ def _take(node: Operation, names: Iterable[str], known: set[str], taken: set[str
         taken.add(name)
 
 
-def _check_node(node: Operation) -> None:
-    if node.domain not in ALLOWED:
+def _check_node(node: Operation, allowed: Allowed) -> None:
+    if node.domain not in allowed:
         raise RefusedError(f"{node.label}: operators of {shown(node.domain)} may not run here")
-    if node.op not in ALLOWED[node.domain]:
+    if node.op not in allowed[node.domain]:
         raise RefusedError(f"{node.label}: this operator is not among those that may run here")
     if not any(node.outputs):
         raise RefusedError(f"{node.label}: expected it to make something")
@@ -219,7 +234,7 @@ def _check_flow(manifest: Mapping[str, Any], train: OnnxFile) -> None:
         limit = part[1] if len(part) == 2 else None
         if not isinstance(limit, int | float):
             raise RefusedError(f"expected a clip with its limit in the manifest, got {shown(part)}")
-        stages = [c for c in reach.clips(train, limit) if len(c.reads) == len(params)]
+        stages = [c for c in clips.clips(train, limit) if len(c.reads) == len(params)]
         leaks = [_past(manifest, train, stage) for stage in stages] or [set(params)]
         if leak := min(leaks, key=len):
             raise RefusedError(
@@ -243,7 +258,7 @@ def _check_steps(manifest: Mapping[str, Any], train: OnnxFile) -> None:
             )
 
 
-def _past(manifest: Mapping[str, Any], train: OnnxFile, stage: reach.Clip) -> set[str]:
+def _past(manifest: Mapping[str, Any], train: OnnxFile, stage: clips.Clip) -> set[str]:
     """Return the new parameters that examples reach past a clip stage, in one step or several."""
     sources = {"x", "y"}
     while True:

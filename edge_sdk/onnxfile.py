@@ -151,6 +151,8 @@ class OnnxFile:
     """How many functions, sparse initializers, training infos and configurations there are."""
     metadata: frozenset[str]
     """Keys of the model's own metadata."""
+    state: frozenset[str] = frozenset()
+    """Tensors that nothing makes and that keep their value from run to run; ONNX has none."""
 
 
 def shown(text: object) -> str:

@@ -8,7 +8,7 @@ the raw data of one stored tensor, or the rest of the graph could be rewritten a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,8 @@ from edge_sdk.limits import Limits
 from edge_sdk.onnxfile import OnnxFile, Operation, Stored, shown
 from edge_sdk.onnxschema import DTYPES, STRING
 
-_SHAPE_INPUT = {"ConstantOfShape": 0, "Expand": 1}
-_INT64 = 7
+_SHAPE_INPUT = {"ConstantOfShape": 0, "Expand": 1, "FILL": 0, "BROADCAST_TO": 1}
+_INTEGERS = {6: "<i4", 7: "<i8"}
 _WRITES = {"float32": "float32", "range": "float32", "bias": "int32"}
 """What a kind of patch writes at its offset; a quantized one says it itself."""
 _CODES = {name: code for code, (name, _, _) in DTYPES.items()}
@@ -48,20 +48,28 @@ def check_stored(graph: OnnxFile, limits: Limits) -> None:
         _check_made(stored, node, limits)
 
 
-def check_patches(manifest: Mapping[str, Any], predict: OnnxFile) -> None:
+def check_patches(patches: Sequence[Mapping[str, Any]], params: Any, predict: OnnxFile) -> None:
     """Check that each patch writes one whole stored tensor, of the type it says.
+
+    Args:
+        patches: of the predict graph's format.
+        params: the manifest's parameters.
+        predict: the graph.
 
     Raises: RefusedError.
     """
-    places = {t.offset: t for t in predict.initializers.values() if t.data}
-    shapes = [p["shape"] for p in manifest["params"]]
-    for i, patch in enumerate(manifest["patches"]["onnx"]):
+    places: dict[int, list[Stored]] = {}
+    for tensor in predict.initializers.values():
+        if tensor.data:
+            places.setdefault(tensor.offset, []).append(tensor)
+    shapes = [p["shape"] for p in params]
+    for i, patch in enumerate(patches):
         shape = patch["shape"] if patch["param"] is None else shapes[patch["param"]]
         dtype = _WRITES.get(patch["kind"]) or patch["dtype"]
-        _check_place(f"patches[{i}]", places.get(patch["offset"]), dtype, math.prod(shape))
+        _check_place(f"patches[{i}]", places.get(patch["offset"], []), dtype, math.prod(shape))
         if "scale_offset" in patch:
-            stored = places.get(patch["scale_offset"])
-            _check_place(f"patches[{i}] scale", stored, "float32", patch["scales"])
+            found = places.get(patch["scale_offset"], [])
+            _check_place(f"patches[{i}] scale", found, "float32", patch["scales"])
 
 
 def _check_tensor(tensor: Stored, where: str = "") -> None:
@@ -92,9 +100,9 @@ def _check_made(stored: Mapping[str, Stored], node: Operation, limits: Limits) -
     """Refuse to make a tensor of a stored shape that is beyond this device's memory."""
     at = _SHAPE_INPUT.get(node.op)
     shape = stored.get(node.inputs[at]) if at is not None and at < len(node.inputs) else None
-    if shape is None or shape.data is None or shape.dtype != _INT64:
+    if shape is None or shape.data is None or shape.dtype not in _INTEGERS:
         return
-    size = math.prod(int(d) for d in np.frombuffer(shape.data, "<i8"))
+    size = math.prod(int(d) for d in np.frombuffer(shape.data, _INTEGERS[shape.dtype]))
     if size > limits.max_ram_bytes:
         raise RefusedError(
             f"{node.label}: makes {size} numbers, this device allows max_ram_bytes="
@@ -102,11 +110,13 @@ def _check_made(stored: Mapping[str, Stored], node: Operation, limits: Limits) -
         )
 
 
-def _check_place(field: str, stored: Stored | None, dtype: str, numbers: int) -> None:
-    if stored is None:
+def _check_place(field: str, found: Sequence[Stored], dtype: str, numbers: int) -> None:
+    """Check all tensors that have their numbers at a place: TFLite's may share them."""
+    if not found:
         raise RefusedError(f"{field}: expected the place of a stored tensor, got other bytes")
-    if (stored.dtype, stored.elements) != (_CODES[dtype], numbers):
-        raise RefusedError(
-            f"{field}: expected {numbers} numbers of {dtype} in {shown(stored.name)}, it holds "
-            f"{stored.elements} of {DTYPES[stored.dtype][0]}"
-        )
+    for stored in found:
+        if (stored.dtype, stored.elements) != (_CODES[dtype], numbers):
+            raise RefusedError(
+                f"{field}: expected {numbers} numbers of {dtype} in {shown(stored.name)}, it holds "
+                f"{stored.elements} of {DTYPES[stored.dtype][0]}"
+            )

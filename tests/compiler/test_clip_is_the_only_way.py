@@ -12,7 +12,7 @@ from onnx import helper
 from planted import maker, planted
 
 from coordinator.compiler import adam, build, chain, clip, momentum, sgd
-from edge_sdk import onnxfile, reach
+from edge_sdk import clips, onnxfile, reach
 from edge_sdk.bundle import Bundle
 from edge_sdk.errors import RefusedError
 
@@ -120,7 +120,7 @@ def test_the_clip_is_found_by_what_it_does_not_by_its_names() -> None:
 
 def test_what_is_clipped_is_each_gradient_once() -> None:
     graph = onnxfile.read(memoryview(HEAVY.member("onnx/train.onnx")))
-    (stage,) = reach.clips(graph, LIMIT)
+    (stage,) = clips.clips(graph, LIMIT)
     assert len(stage.reads) == len(set(stage.reads)) == len(stage.makes) == 4
     everything = reach.reached(graph.nodes, {"x"})
     past = reach.reached(graph.nodes, {"x"}, stage.makes)

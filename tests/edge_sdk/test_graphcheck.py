@@ -18,7 +18,7 @@ from planted import Change, both, maker, node, output, planted, port
 from edge_sdk.bundle import Bundle
 from edge_sdk.errors import BundleError, ConfigError, RefusedError
 from edge_sdk.limits import Limits
-from edge_sdk.operators import MICROSOFT, STANDARD
+from edge_sdk.operators import MICROSOFT, STANDARD, TFLITE
 
 MOMENTUM = hand_made(momentum=True, proximal=True)
 INT8 = hand_made(quantized=True)
@@ -391,13 +391,14 @@ def test_a_bundle_beyond_the_limits_is_refused(limit: str, value: int, reason: s
     assert reason in refusal(MOMENTUM, Limits(**{limit: value}))
 
 
-def test_a_bundle_of_another_format_cannot_be_judged() -> None:
+def test_graphs_are_read_as_the_format_that_the_manifest_names() -> None:
     def moved(manifest: dict[str, Any]) -> None:
         manifest["graphs"]["tflite"] = manifest["graphs"].pop("onnx")
         manifest["patches"] = {"tflite": []}
         manifest["source"] = "tflite"
 
-    assert refusal(planted(MOMENTUM, manifest=moved)) == "expected onnx graphs, got ['tflite']"
+    line = refusal(planted(MOMENTUM, manifest=moved))
+    assert line.startswith("tflite evaluate graph: model: expected the identifier b'TFL3', got ")
 
 
 def test_declared_memory_counts_and_what_is_not_declared_is_counted_anyway() -> None:
@@ -426,7 +427,7 @@ def test_a_limit_is_a_whole_number_above_zero(field: str) -> None:
 def test_the_page_lists_every_operator_and_limit() -> None:
     page = (DOCS / "bundle-checks.md").read_text()
     said = set(re.findall(r"`([A-Z]\w+)`", page.partition("## Operators that may run")[2]))
-    assert said == STANDARD | MICROSOFT
+    assert said == STANDARD | MICROSOFT | TFLITE
     config = (DOCS / "device-config.md").read_text()
     for field in dataclasses.fields(Limits):
         assert f"`{field.name}` |" in page
