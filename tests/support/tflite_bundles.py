@@ -146,6 +146,8 @@ def planted_tflite(
         graph = Editable(members[name])
         change(graph)
         members[name] = graph.done()
+        if role == "predict":  # whose bytes lie elsewhere now
+            table["patches"]["tflite"] = patches(tflitefile.read(members[name]), bundle)
     if raw is not None:
         members[name] = raw(members[name])
     if manifest is not None:
