@@ -11,13 +11,27 @@ import asyncio
 import hashlib
 import math
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from coordinator.aggregators import Report
-from coordinator.rounds import Action, DeadlinePassed, Event, Reported, Round, standing, step
+from coordinator.pacing import Pace
+from coordinator.rounds import (
+    Action,
+    DeadlinePassed,
+    Declined,
+    Event,
+    Filled,
+    Joined,
+    Left,
+    Reported,
+    Round,
+    standing,
+    step,
+)
 from coordinator.sampling import buckets
 from coordinator.store import Resumed, StoredRound, StoredUpdate, Version
 from coordinator.sums import AccumulatorFull
@@ -31,6 +45,13 @@ from edge_sdk.types import Array
 
 RECENT = 16
 """Rounds that a late update may still belong to; older ones are stale."""
+
+
+class Errand(NamedTuple):
+    """What a device is at work on: a round, and since when, seconds."""
+
+    round: int
+    since_s: float
 
 
 class Verdict(NamedTuple):
@@ -86,6 +107,7 @@ class Desk:
 
     task: Task
     bundle: Bundle
+    pace: Pace
     call: int
     version: Version
     rounds: dict[int, Round] = field(default_factory=dict)
@@ -93,6 +115,8 @@ class Desk:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     """Set whenever something happened that a waiting round may care for."""
     folded: dict[tuple[int, str], StoredUpdate] = field(default_factory=dict)
+    at_work: dict[str, Errand] = field(default_factory=dict)
+    """Devices that were invited and have not been heard of since."""
     base: int = 0
     """The version that the sum grows on: ahead of `version` while a commit is being stored."""
     _sum: Any = None
@@ -110,6 +134,11 @@ class Desk:
         """The number of the round after the newest."""
         return max(self.rounds, default=0) + 1
 
+    @property
+    def recent(self) -> int:
+        """How many rounds are remembered."""
+        return max(RECENT, (self.pace.max_staleness or 0) + 1)
+
     def weights(self) -> Array:
         """Return the newest version's masters: float32, flat."""
         return np.frombuffer(self.version.params, "<f4").astype(np.float32)
@@ -118,17 +147,50 @@ class Desk:
         """Return a recent round as it was opened."""
         return self._stored[number]
 
-    def open(self, r: StoredRound, opened: Round) -> None:
+    def open(self, r: StoredRound, opened: Round, now_s: float = 0.0) -> None:
         """Take in a round that the store has begun."""
-        self._stored[r.number] = r
-        count = self.task.strategy.aggregator.buckets
-        self._buckets[r.number] = buckets(r.cohort, r.seed, count)
+        self._note(r, now_s, r.cohort)
         self.rounds[r.number] = self.current = opened
-        for old in sorted(self.rounds)[:-RECENT]:
+        for old in sorted(self.rounds)[: -self.recent]:
             del self.rounds[old], self._stored[old], self._buckets[old]
+
+    def join(self, devices: frozenset[str], now_s: float = 0.0) -> tuple[Action, ...]:
+        """Let devices take part in the open round, which the store has seen join."""
+        if self.current is None or self.current.verdict != "waiting":
+            return ()
+        r = self._stored[self.current.number]
+        self._note(replace(r, cohort=r.cohort | devices), now_s, devices)
+        return self.apply(Joined(devices))
+
+    def _note(self, r: StoredRound, now_s: float, new: frozenset[str]) -> None:
+        self._stored[r.number] = r
+        self._place(r)
+        self.at_work |= dict.fromkeys(new, Errand(r.number, now_s))
+
+    def _place(self, r: StoredRound) -> None:
+        count, grows = self.task.strategy.aggregator.buckets, r.quorum == 0
+        self._buckets[r.number] = buckets(r.cohort, r.seed, count, grows=grows)
+
+    def release(self, device: str, number: int) -> Errand | None:
+        """Note that a device was heard of about a round; return what it was at work on."""
+        errand = self.at_work.get(device)
+        if errand is None or errand.round != number:
+            return None
+        return self.at_work.pop(device)
+
+    def wanted(self, ready: AbstractSet[str], now_s: float) -> tuple[set[str], int]:
+        """Return who is idle among `ready`, and how many of them the pace has room for."""
+        given_up = [d for d, e in self.at_work.items() if now_s >= e.since_s + self.pace.deadline_s]
+        for device in given_up:
+            del self.at_work[device]
+        taking_part = self.current.cohort if self.current else frozenset()
+        idle = set(ready) - self.at_work.keys() - taking_part
+        return idle, max(0, self.pace.cohort - len(self.at_work))
 
     def apply(self, event: Event) -> tuple[Action, ...]:
         """Let something happen to the open round, if there is one."""
+        if isinstance(event, Left | Declined):
+            self.at_work.pop(event.device, None)
         return () if self.current is None else self._step(self.current.number, event)
 
     def expire(self) -> tuple[Action, ...]:
@@ -139,7 +201,7 @@ class Desk:
         """Check an update whose signature holds; nothing is changed."""
         r = self.rounds.get(update.round)
         if r is None:
-            return Verdict("stale", f"round {update.round} is not among the last {RECENT}")
+            return Verdict("stale", f"round {update.round} is not among the last {self.recent}")
         stands = standing(r, device)
         if stands == "refused":
             return Verdict("refused", f"{device} was not invited to round {r.number}")
@@ -147,6 +209,9 @@ class Desk:
             return Verdict("duplicate")
         if stands == "late" and self.task.late == "refuse":
             return Verdict("stale", f"round {r.number} is over and this task takes no late updates")
+        behind, most = self.base - r.version, self.pace.max_staleness
+        if most is not None and behind > most:
+            return Verdict("stale", f"{behind} versions behind, this task takes up to {most}")
         return self._judge_body(r, update, stands)
 
     def _judge_body(self, r: Round, update: Update, outcome: Literal["counted", "late"]) -> Verdict:
@@ -167,7 +232,14 @@ class Desk:
     def fold(self, update: StoredUpdate, lattice: Lattice) -> tuple[Action, ...]:
         """Add an update that the store has counted; the order of calls changes nothing."""
         self._add(replace(update, blob=b""), lattice)
-        return self._step(update.round, Reported(update.device))
+        return (*self._step(update.round, Reported(update.device)), *self._filled())
+
+    def _filled(self) -> tuple[Action, ...]:
+        """Settle an open-ended round whose buffer is full, whichever rounds filled it."""
+        r = self.current
+        if r is None or not r.is_open_ended or len(self.folded) < r.goal:
+            return ()
+        return self._step(r.number, Filled())
 
     def _add(self, update: StoredUpdate, lattice: Lattice) -> None:
         report = self._report(update, lattice)
@@ -185,7 +257,7 @@ class Desk:
             loss=update.loss,
             norm=codec.norm(lattice),
             discount=self.task.strategy.discount(max(0, self.base - update.version)),
-            bucket=self._buckets[update.round][update.device],
+            bucket=self._buckets.get(update.round, {}).get(update.device, 0),
         )
 
     def settle(self) -> Next:
@@ -268,22 +340,24 @@ class Desk:
             declined=tuple(sorted(r.declined)),
             stragglers=tuple(sorted(r.stragglers)),
             late=() if version is None else tuple(sorted(late)),
-            is_expired=bool(r.stragglers) and len(r.reported) < r.goal,
+            is_expired=bool(r.stragglers) and len(r.reported) < r.goal and not r.is_open_ended,
             digest=after.digest.hex(),
             reason=reason,
             metrics=_metrics(mine) | {"norm": norm},
         )
 
 
-def begin(task: Task, bundle: Bundle, resumed: Resumed) -> Desk:
+def begin(task: Task, bundle: Bundle, pace: Pace, resumed: Resumed, now_s: float = 0.0) -> Desk:
     """Rebuild a task from the store: the same rounds, the same sum, nothing counted twice."""
-    desk = Desk(task, bundle, resumed.call, resumed.version, base=resumed.version.number)
+    desk = Desk(task, bundle, pace, resumed.call, resumed.version, base=resumed.version.number)
     desk._restart_sum()  # noqa: SLF001  # its own maker
     for stored in resumed.rounds:
         opened = Round(stored.number, stored.version, stored.cohort, stored.quorum, stored.goal)
-        desk.open(stored, opened)
+        desk.open(stored, opened, now_s)
         if stored.state != "open":
             desk.current = None
+    for stored in resumed.rounds:  # also of those too old for anything but their pending updates
+        desk._place(stored)  # noqa: SLF001
     _replay(desk, resumed)
     return desk
 
@@ -299,6 +373,7 @@ def first_version(task: Task, bundle: Bundle) -> Version:
 def _replay(desk: Desk, resumed: Resumed) -> None:
     for update in resumed.reports:
         desk._step(update.round, Reported(update.device))  # noqa: SLF001
+        desk.release(update.device, update.round)
     for stored in resumed.rounds:  # the closed ones were settled before, whoever reported since
         if stored.state != "open":
             desk._step(stored.number, DeadlinePassed())  # noqa: SLF001

@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field, replace
+
+REPORTS = 200
+"""How many reports the times that they took are remembered of."""
 
 MEMORY = 0.25
 """Weight of the newest round in the moving average of completion."""
@@ -36,6 +40,8 @@ class Fleet:
     devices: dict[str, Known] = field(default_factory=dict)
     checked_in: dict[str, dict[str, Ready]] = field(default_factory=dict)
     completion: dict[str, float] = field(default_factory=dict)
+    lately_s: dict[str, deque[float]] = field(default_factory=dict)
+    """For each task, what its latest reports took from invitation to arrival, seconds."""
     heard: set[str] = field(default_factory=set)
     """Devices whose status came since this coordinator started."""
     _ready: dict[str, set[str]] = field(default_factory=dict)
@@ -106,6 +112,10 @@ class Fleet:
         share = reported / max(invited, 1)
         before = self.completion.get(task, 1.0)
         self.completion[task] = (1 - MEMORY) * before + MEMORY * share
+
+    def took(self, task: str, seconds: float) -> None:
+        """Note what a report took from its invitation."""
+        self.lately_s.setdefault(task, deque(maxlen=REPORTS)).append(seconds)
 
     def completion_of(self, task: str) -> float:
         """Return the share of invited devices that lately reported; 1.0 before the first round."""

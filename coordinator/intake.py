@@ -49,6 +49,7 @@ class Intake:
         store: Store,
         publisher: Publisher,
         act: Callable[[Desk, tuple[Action, ...]], None],
+        now_s: Callable[[], float],
     ) -> None:
         self.fleet = Fleet()
         self.desks: dict[str, Desk] = {}
@@ -57,6 +58,7 @@ class Intake:
         self._store = store
         self._publisher = publisher
         self._act = act
+        self._now_s = now_s
         self._assembler = Assembler()
         self._parked: dict[str, tuple[str, bytes]] = {}
         self._complaints: set[tuple[str, str]] = set()
@@ -185,6 +187,7 @@ class Intake:
 
     async def _counted(self, desk: Desk, device: str, update: Update, signed: Signed) -> Receipt:
         verdict = desk.judge(device, update)
+        self._release(desk, device, update.round)
         receipt = Receipt(update.round, signed.id, verdict.outcome, verdict.reason)
         if verdict.outcome == "duplicate":
             counted = await self._store.counted(desk.task.name, update.round, device)
@@ -197,6 +200,12 @@ class Intake:
             return Receipt(update.round, signed.id, "duplicate", "", answer.hash)
         self._act(desk, desk.fold(stored, verdict.lattice))
         return receipt
+
+    def _release(self, desk: Desk, device: str, number: int) -> None:
+        """Note that a device is done with its round, and what it took."""
+        if (errand := desk.release(device, number)) is not None:
+            self.fleet.took(desk.task.name, self._now_s() - errand.since_s)
+            desk.changed.set()
 
     def _complain(self, device: str, cause: str, error: Exception) -> None:
         self.counters[cause] += 1

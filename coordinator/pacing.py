@@ -2,27 +2,44 @@
 """When to invite and when to stop waiting: the pace of a task, as a value.
 
 `rounds(...)` is synchronous. Over-selection and the two-stage start (a goal, a floor, a time limit)
-follow Bonawitz et al. 2019, "Towards federated learning at scale". Pure.
+follow Bonawitz et al. 2019, "Towards federated learning at scale". `buffered(...)` is asynchronous:
+Nguyen et al. 2022, "Federated learning with buffered asynchronous aggregation" (FedBuff). Pure.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 from edge_sdk.errors import ConfigError
 
+HEARD = 20
+"""Reports to have heard before the deadline follows them."""
+
 MOST = 3.0
 """Never invite more than this many times the cohort, however few devices complete."""
 
+MOST_STALE = 100
+"""Versions that an update may be behind at the most."""
+
 
 class Pace(NamedTuple):
-    """How a task proceeds; made by `rounds`.
+    """How a task proceeds; made by `rounds` or `buffered`.
 
     `invite(ready, waited_s, completion)` returns how many devices to invite now, 0 for not yet.
     `waited_s` counts from when `quorum` devices were first ready, `completion` is the share of
     invited devices that lately reported.
+
+    Attributes:
+        cohort: devices at work at a time.
+        quorum: reports that a commit needs; 0 where only a full buffer commits.
+        deadline_s: seconds that a round may take; of a buffer, that a device may take.
+        extend: how many times a round without a quorum is given its time once more.
+        adapt: the deadline is this many times what the slowest tenth of devices lately needed.
+        size: of the buffer; None for rounds.
+        max_staleness: versions that an update may be behind; None as long as it is remembered.
     """
 
     invite: Callable[[int, float, float], int]
@@ -32,6 +49,17 @@ class Pace(NamedTuple):
     select_s: float
     last_version: int | None
     spec: list[object]
+    extend: int = 0
+    adapt: float | None = None
+    size: int | None = None
+    max_staleness: int | None = None
+
+    def time_for(self, lately_s: Sequence[float]) -> float:
+        """Return the deadline of a round, seconds, from what reports lately took, seconds each."""
+        if self.adapt is None or len(lately_s) < HEARD:
+            return self.deadline_s
+        slow_s = sorted(lately_s)[math.ceil(0.9 * len(lately_s)) - 1]
+        return min(self.deadline_s, max(1.0, self.adapt * slow_s))
 
 
 def rounds(
@@ -42,6 +70,8 @@ def rounds(
     count: int | None = None,
     overselect: float | Literal["auto"] = 1.0,
     select_s: float = 5.0,
+    extend: int = 0,
+    adapt: float | None = None,
 ) -> Pace:
     """Synchronous rounds: invite a cohort, commit at the goal, else at the deadline with a quorum.
 
@@ -52,6 +82,10 @@ def rounds(
         count: stop at this version of the task, those of earlier runs included; None goes on.
         overselect: invite this many times the cohort, 1.0 to 3.0; "auto" follows completion.
         select_s: with a quorum but no full cohort ready, wait this long for the others.
+        extend: when the deadline finds no quorum, give the round its time again this many times
+            before it is abandoned.
+        adapt: cut the deadline to this many times what nine of ten reports lately took; None keeps
+            `deadline_s`.
 
     Raises: ConfigError when the numbers contradict each other.
     """
@@ -64,6 +98,7 @@ def rounds(
         overselect=overselect,
         select_s=select_s,
     )
+    _check_patience(extend, adapt)
 
     def invite(ready: int, waited_s: float, completion: float) -> int:
         factor = 1.0 / max(completion, 1e-9) if overselect == "auto" else overselect
@@ -81,9 +116,62 @@ def rounds(
             "count": count,
             "overselect": overselect,
             "select_s": select_s,
+            "extend": extend,
+            "adapt": adapt,
         },
     ]
-    return Pace(invite, cohort, need, float(deadline_s), float(select_s), count, spec)
+    times = float(deadline_s), float(select_s)
+    return Pace(invite, cohort, need, *times, count, spec, extend=extend, adapt=adapt)
+
+
+def buffered(
+    *,
+    size: int,
+    concurrency: int,
+    deadline_s: float,
+    max_staleness: int = 10,
+    count: int | None = None,
+) -> Pace:
+    """Asynchronous: a version for every `size` updates, whichever version they began from.
+
+    Devices are kept at work all the time: who reports is replaced at once, and nobody waits for the
+    slowest. Updates weigh less the more versions they are behind (the strategy's `staleness`).
+
+    Args:
+        size: updates that make a version.
+        concurrency: devices at work at a time; more than `size`.
+        deadline_s: seconds after which a silent device is given up, and another is invited.
+        max_staleness: an update further behind, in versions, is refused.
+        count: stop at this version of the task; None goes on.
+
+    Raises: ConfigError when the numbers contradict each other.
+    """
+    _check(size, size, deadline_s=deadline_s, count=count, overselect=1.0, select_s=0.0)
+    if not (_is_whole(concurrency) and concurrency >= size):
+        raise ConfigError(f"expected a concurrency of at least size {size}, got {concurrency!r}")
+    if not (_is_whole(max_staleness) and 0 <= max_staleness <= MOST_STALE):
+        raise ConfigError(f"expected max_staleness from 0 to {MOST_STALE}, got {max_staleness!r}")
+    settings = {
+        "size": size,
+        "concurrency": concurrency,
+        "deadline_s": deadline_s,
+        "max_staleness": max_staleness,
+        "count": count,
+    }
+    return Pace(
+        lambda ready, _waited_s, _completion: min(ready, concurrency),
+        concurrency,
+        0,
+        float(deadline_s),
+        0.0,
+        count,
+        ["buffered", settings],
+        size=size,
+        max_staleness=max_staleness,
+    )
+
+
+PACES: dict[str, Callable[..., Pace]] = {"rounds": rounds, "buffered": buffered}
 
 
 def from_spec(spec: object) -> Pace:
@@ -101,13 +189,13 @@ def from_spec(spec: object) -> Pace:
             f'expected a pace such as ["rounds", {{cohort = 20, deadline_s = 600}}], got {spec!r}'
         )
     name, settings = spec
-    if name != "rounds":
-        raise ConfigError(f'expected the pace "rounds", got {name!r}')
+    if name not in PACES:
+        raise ConfigError(f"expected a pace among {', '.join(PACES)}, got {name!r}")
     try:
-        return rounds(**cast("dict[str, Any]", dict(settings)))
+        return PACES[name](**cast("dict[str, Any]", dict(settings)))
     except TypeError as error:
-        known = "cohort, quorum, deadline_s, count, overselect, select_s"
-        raise ConfigError(f"pace rounds: {error}; it takes {known}") from error
+        known = ", ".join(inspect.signature(PACES[name]).parameters)
+        raise ConfigError(f"pace {name}: {error}; it takes {known}") from error
 
 
 def _check(
@@ -120,7 +208,7 @@ def _check(
     select_s: float,
 ) -> None:
     whole = [cohort, quorum, *([] if count is None else [count])]
-    if any(not isinstance(n, int) or isinstance(n, bool) for n in whole):
+    if not all(map(_is_whole, whole)):
         raise ConfigError(f"expected whole numbers of devices and rounds, got {whole}")
     if not 1 <= quorum <= cohort:
         raise ConfigError(f"expected 1 <= quorum <= cohort, got quorum {quorum}, cohort {cohort}")
@@ -134,6 +222,17 @@ def _check(
         isinstance(overselect, int | float) and 1.0 <= overselect <= MOST
     ):
         raise ConfigError(f'expected overselect from 1.0 to {MOST} or "auto", got {overselect!r}')
+
+
+def _check_patience(extend: int, adapt: float | None) -> None:
+    if not (_is_whole(extend) and 0 <= extend <= 100):
+        raise ConfigError(f"expected extend from 0 to 100 times, got {extend!r}")
+    if adapt is not None and not (_is_number(adapt) and 1 <= adapt < math.inf):
+        raise ConfigError(f"expected adapt of 1 or more, got {adapt!r}")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value: object) -> bool:

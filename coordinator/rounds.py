@@ -17,7 +17,11 @@ Standing: TypeAlias = Literal["counted", "late", "duplicate", "refused"]
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One attempt at the next version. `goal` reports end it early, `quorum` let it commit."""
+    """One attempt at the next version. `goal` reports end it early, `quorum` let it commit.
+
+    A round without a quorum (0) is open-ended, as the pace `buffered` has them: devices join while
+    it goes on, no deadline ends it, and it commits when its buffer is `Filled`.
+    """
 
     number: int
     version: int
@@ -38,6 +42,11 @@ class Round:
     def stragglers(self) -> frozenset[str]:
         """Devices that were there all along and did not report in time; empty until settled."""
         return frozenset() if self.verdict == "waiting" else self.awaited
+
+    @property
+    def is_open_ended(self) -> bool:
+        """Whether it waits for its buffer alone."""
+        return self.quorum == 0
 
     @property
     def has_quorum(self) -> bool:
@@ -78,7 +87,19 @@ class DeadlinePassed:
     """The seconds a round may take are over."""
 
 
-Event: TypeAlias = Reported | Left | Returned | Declined | DeadlinePassed
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """`devices` take part from now on, in an open-ended round."""
+
+    devices: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """The buffer holds as many updates as a version needs, of this round or of earlier ones."""
+
+
+Event: TypeAlias = Reported | Left | Returned | Declined | DeadlinePassed | Joined | Filled
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +122,15 @@ Action: TypeAlias = Invite | Settle
 def begin(
     number: int, version: int, cohort: Iterable[str], *, quorum: int, goal: int | None = None
 ) -> tuple[Round, tuple[Action, ...]]:
-    """Open round `number` on top of `version` and invite its cohort.
+    """Open round `number` on top of `version` and invite its cohort; quorum 0 is open-ended.
 
     Raises: ValueError when the cohort cannot reach the quorum.
     """
     devices = frozenset(cohort)
     aim = len(devices) if goal is None else min(goal, len(devices))
-    if not 1 <= quorum <= aim:
+    if quorum == 0 and goal:
+        aim = goal
+    elif not 1 <= quorum <= aim:
         raise ValueError(f"expected 1 <= quorum <= goal, got quorum {quorum} of goal {aim}")
     opened = Round(number, version, devices, quorum, aim)
     return opened, tuple(Invite(device) for device in sorted(devices))
@@ -126,17 +149,30 @@ def step(r: Round, event: Event) -> tuple[Round, tuple[Action, ...]]:
     """Apply one event. A settled round never changes; an event about a stranger is ignored."""
     if r.verdict != "waiting":
         return r, ()
-    if isinstance(event, DeadlinePassed):
-        return _settle(r, "commit" if r.has_quorum else "abort")
+    if isinstance(event, Filled | Joined | DeadlinePassed):
+        return _apply_to_all(r, event)
     if event.device not in r.cohort or event.device in r.reported:
         return r, ()
     changed, actions = _apply(r, event)
     if len(changed.reported) >= changed.goal:
         return _settle(changed, "commit")
     heard = len(changed.reported) + len(changed.left) + len(changed.declined)  # disjoint
-    if heard == len(changed.cohort):
+    if heard == len(changed.cohort) and not r.is_open_ended:
         return _settle(changed, "commit" if changed.has_quorum else "abort")
     return changed, actions
+
+
+def _apply_to_all(
+    r: Round, event: Filled | Joined | DeadlinePassed
+) -> tuple[Round, tuple[Action, ...]]:
+    match event:
+        case Filled():
+            return _settle(r, "commit")
+        case Joined(devices):
+            new = sorted(devices - r.cohort)
+            return replace(r, cohort=r.cohort | devices), tuple(map(Invite, new))
+        case DeadlinePassed():
+            return (r, ()) if r.is_open_ended else _settle(r, "commit" if r.has_quorum else "abort")
 
 
 def _apply(

@@ -22,14 +22,21 @@ def uniform(eligible: Iterable[str], size: int, generator: np.random.Generator) 
     return [devices[i] for i in sorted(chosen.tolist())]
 
 
-def buckets(cohort: Iterable[str], seed: int, count: int) -> dict[str, int]:
+def buckets(cohort: Iterable[str], seed: int, count: int, *, grows: bool = False) -> dict[str, int]:
     """Put each device of a cohort into one of `count` buckets, equally many into each.
 
     By a hash that no device can compute without the round's seed, so that attackers cannot choose
-    their company. `count` 0 gives each device a bucket of its own.
+    their company. `count` 0 gives each device a bucket of its own. In a cohort that `grows` nobody
+    is ever moved, and the buckets are only about equal.
     """
-    devices = sorted(cohort)
     if count == 1:
-        return dict.fromkeys(devices, 0)
-    devices.sort(key=lambda name: hashlib.sha256(f"{seed}\0{name}".encode()).digest())
-    return {name: place % count if count else place for place, name in enumerate(devices)}
+        return dict.fromkeys(cohort, 0)
+    drawn = {name: _draw(seed, name) for name in cohort}
+    if grows:
+        return {name: at % count if count else at for name, at in drawn.items()}
+    ranked = sorted(drawn, key=drawn.__getitem__)
+    return {name: place % count if count else place for place, name in enumerate(ranked)}
+
+
+def _draw(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}\0{name}".encode()).digest()[:8], "big")

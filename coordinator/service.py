@@ -29,7 +29,7 @@ from coordinator.intake import Intake, Later
 from coordinator.link import Link
 from coordinator.pacing import Pace
 from coordinator.publishing import Publisher, seed_of
-from coordinator.rounds import Action, Declined, Invite, Left, begin
+from coordinator.rounds import Action, Declined, Invite, Left, Round, begin
 from coordinator.store import Store, StoredRound
 from coordinator.task import Task
 from coordinator.writer import ContradictionError
@@ -101,7 +101,7 @@ class Coordinator:
             signer = DeviceKey.load_or_create(self._folder / KEY)
             link = await self._open_link(stack)
             self._publisher = Publisher(link, signer)
-            self._intake = Intake(self._store, self._publisher, self._act)
+            self._intake = Intake(self._store, self._publisher, self._act, self._clock.monotonic)
             for known in await self._store.devices():
                 self.fleet.remember(known)
             reader = asyncio.create_task(self._read(link), name="fedge-intake")
@@ -133,7 +133,11 @@ class Coordinator:
         it wants.
         Raises: BundleError, ConfigError and StoreError when the task cannot start.
         """
-        desk = await self._open(task)
+        if pace.size is not None and task.late == "refuse":
+            raise ConfigError(
+                f'task {task.name}: a buffered pace lives on late updates; late = "fold"'
+            )
+        desk = await self._open(task, pace)
         try:
             while desk.current is not None or _goes_on(desk, pace):
                 if desk.current is None:
@@ -175,7 +179,7 @@ class Coordinator:
         connect: dict[str, Any] = self._connect
         return await stack.enter_async_context(Mqtt(**connect))
 
-    async def _open(self, task: Task) -> Desk:
+    async def _open(self, task: Task, pace: Pace) -> Desk:
         if task.name in self._running:
             raise ConfigError(f"task {task.name} is already being trained: give each its own name")
         self._running.add(task.name)
@@ -185,8 +189,10 @@ class Coordinator:
             await self._settled()  # an update on its way into an earlier loop of the same task
             first = desks.first_version(task, bundle)
             digest = bytes.fromhex(bundle.digest)
-            resumed = await self._store.resume(task.name, digest, first, desks.RECENT)
-            desk = self._intake.desks[task.name] = desks.begin(task, bundle, resumed)
+            recent = max(desks.RECENT, (pace.max_staleness or 0) + 1)
+            resumed = await self._store.resume(task.name, digest, first, recent)
+            desk = desks.begin(task, bundle, pace, resumed, self._clock.monotonic())
+            self._intake.desks[task.name] = desk
             await self._link.subscribe(topics.up_filter(task.name))
             self._note_absent(desk)
             await self._publisher.bundle(desk)
@@ -210,15 +216,16 @@ class Coordinator:
         seed = seed_of(name, desk.task.seed, number)
         cohort = await self._select(desk, pace, seed)
         call = desk.call
-        goal = min(pace.cohort, len(cohort))
+        goal = min(pace.cohort, len(cohort)) if pace.size is None else pace.size
         opened, actions = begin(
             number, desk.version.number, cohort, quorum=min(pace.quorum, goal), goal=goal
         )
+        deadline_s = pace.time_for(self.fleet.lately_s.get(name, ()))
         stored = StoredRound(
-            number, opened.version, opened.cohort, opened.quorum, goal, pace.deadline_s, seed
+            number, opened.version, opened.cohort, opened.quorum, goal, deadline_s, seed
         )
         await self._insist(name, lambda: self._store.open_round(name, stored))
-        desk.open(stored, opened)
+        desk.open(stored, opened, self._clock.monotonic())
         # After a new roll call nobody is ready yet, and nobody has withdrawn either.
         self._note_absent(desk, self.fleet.ready(name) if desk.call == call else None)
         log.info("round open task=%s round=%d cohort=%d", name, number, len(cohort))
@@ -233,6 +240,8 @@ class Coordinator:
                 self._act(desk, desk.apply(Declined(device)))
 
     async def _select(self, desk: Desk, pace: Pace, seed: int) -> Sequence[str]:
+        if pace.size is not None:
+            return await self._select_idle(desk, seed)
         quorum_since: float | None = None
         while True:
             desk.changed.clear()
@@ -248,16 +257,35 @@ class Coordinator:
             until_s = math.inf if quorum_since is None else quorum_since + pace.select_s
             await self._wait(desk, until_s)
 
+    async def _select_idle(self, desk: Desk, seed: int) -> Sequence[str]:
+        """Wait until somebody is idle and the pace has room for them."""
+        while True:
+            desk.changed.clear()
+            chosen = self._idle(desk, seed)
+            if chosen:
+                return chosen
+            await self._wait(desk, self._clock.monotonic() + desk.pace.deadline_s)
+
+    def _idle(self, desk: Desk, seed: int) -> Sequence[str]:
+        ready = self.fleet.ready(desk.task.name)
+        idle, room = desk.wanted(ready, self._clock.monotonic())
+        return sampling.uniform(idle, room, np.random.default_rng(seed)) if room else ()
+
+    async def _top_up(self, desk: Desk, r: Round) -> None:
+        """Put idle devices to work in an open-ended round: who reported is replaced at once."""
+        seed = seed_of(desk.stored(r.number).seed, len(r.cohort))
+        if not (new := frozenset(self._idle(desk, seed))):
+            return
+        name, cohort = desk.task.name, r.cohort | new
+        await self._insist(name, lambda: self._store.join_round(name, r.number, cohort))
+        self._act(desk, desk.join(new, self._clock.monotonic()))
+
     async def _finish(self, desk: Desk) -> RoundResult:
         """Wait until the open round is settled, then store what it came to."""
         r = desk.current
         if r is None:
             raise RuntimeError("no round is open")
-        deadline = self._clock.monotonic() + desk.stored(r.number).deadline_s
-        while desk.current is not None and desk.current.verdict == "waiting":
-            desk.changed.clear()
-            if not await self._wait(desk, deadline) and self._clock.monotonic() >= deadline:
-                self._act(desk, desk.expire())
+        await self._outwait(desk, desk.stored(r.number).deadline_s)
         settled = desk.settle()
         await self._keep(desk, settled)
         desk.close(settled)
@@ -265,6 +293,22 @@ class Coordinator:
         self._learn_completion(desk.task.name, result)
         _log_result(desk.task.name, result)
         return result
+
+    async def _outwait(self, desk: Desk, deadline_s: float) -> None:
+        """Wait until the open round is settled."""
+        deadline, extensions = self._clock.monotonic() + deadline_s, desk.pace.extend
+        while (r := desk.current) is not None and r.verdict == "waiting":
+            desk.changed.clear()
+            if r.is_open_ended:
+                await self._top_up(desk, r)
+            if await self._wait(desk, deadline) or self._clock.monotonic() < deadline:
+                continue
+            deadline += deadline_s
+            if extensions and not r.has_quorum:
+                extensions -= 1
+                log.info("round extended task=%s round=%d", desk.task.name, r.number)
+            else:
+                self._act(desk, desk.expire())
 
     def _learn_completion(self, task: str, r: RoundResult) -> None:
         """Note the share that completed; who was still at work when the goal was met is no loss."""

@@ -126,7 +126,7 @@ class Store:
             task: its name.
             bundle: the sha256 of its bundle, which may not change in the life of a task.
             first: version 0, used when the task is new.
-            recent: how many of the latest rounds to return.
+            recent: how many of the latest rounds to return, besides those of pending updates.
 
         Raises: ConfigError when the task was begun with another bundle.
         """
@@ -135,11 +135,12 @@ class Store:
             _create(db, task, bundle, first)
             call = _next_call(db, task)
             version = Version(*db.execute(_NEWEST, (task,)).fetchone())
-            rounds = tuple(_round(row) for row in db.execute(_ROUNDS, (task, recent)))
+            latest = {"task": task, "recent": recent}
+            rounds = tuple(_round(row) for row in db.execute(_ROUNDS, latest))
             pending = tuple(StoredUpdate(*row) for row in db.execute(_PENDING, (task,)))
             oldest = min((r.number for r in rounds), default=0)
             reports = tuple(StoredUpdate(*row) for row in db.execute(_REPORTS, (task, oldest)))
-            return Resumed(call, version, rounds[::-1], pending, reports)
+            return Resumed(call, version, rounds, pending, reports)
 
         return await self._writer.run(work, urgent=True)
 
@@ -152,6 +153,19 @@ class Store:
         cohort = json.dumps(sorted(r.cohort))
         row = (task, r.number, r.version, cohort, r.quorum, r.goal, r.deadline_s, r.seed)
         await self._writer.run(lambda db: db.execute(_OPEN_ROUND, row), urgent=True)
+
+    async def join_round(self, task: str, number: int, cohort: Iterable[str]) -> None:
+        """Store who takes part in an open round from now on.
+
+        Raises: ContradictionError when the round is not open.
+        """
+        row = (json.dumps(sorted(cohort)), task, number)
+
+        def work(db: sqlite3.Connection) -> None:
+            if db.execute(_JOIN_ROUND, row).rowcount != 1:
+                raise ContradictionError(f"task {task}: round {number} is not open")
+
+        await self._writer.run(work, urgent=True)
 
     async def count(self, task: str, update: StoredUpdate) -> Counted:
         """Store an update, once a device and round; the receipt may be sent after this returns."""
@@ -238,7 +252,10 @@ _NEWEST = """SELECT version, round, digest, params, optimizer FROM versions
 _VERSION = """SELECT version, round, digest, params, optimizer FROM versions
     WHERE task = ? AND version = ? AND params IS NOT NULL"""
 _ROUNDS = """SELECT round, version, cohort, quorum, goal, deadline_s, seed, state FROM rounds
-    WHERE task = ? ORDER BY round DESC LIMIT ?"""
+    WHERE task = :task AND (
+        round > (SELECT max(round) FROM rounds WHERE task = :task) - :recent
+        OR round IN (SELECT round FROM updates WHERE task = :task AND folded IS NULL))
+    ORDER BY round"""
 _PENDING = """SELECT
     round, device, hash, version, examples, steps, loss, seconds, size, outcome, blob
     FROM updates WHERE task = ? AND folded IS NULL ORDER BY round, device"""
@@ -248,6 +265,7 @@ _REPORTS = """SELECT
 _OPEN_ROUND = """INSERT INTO rounds
     (task, round, version, state, cohort, quorum, goal, deadline_s, seed)
     VALUES (?, ?, ?, 'open', ?, ?, ?, ?, ?)"""
+_JOIN_ROUND = "UPDATE rounds SET cohort = ? WHERE task = ? AND round = ? AND state = 'open'"
 _COUNT = """INSERT INTO updates (
     task, round, device, hash, version, examples, steps, loss, seconds, size, outcome, blob)
     VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (task, round, device) DO NOTHING"""

@@ -335,8 +335,8 @@ def _plan_round(state: Session) -> tuple[Session, list[Action]]:
 def _take_up(state: Session, current: Round) -> tuple[Session, list[Action]]:
     model, offer = state.model, state.offer
     is_gone = offer is not None and offer.version > current.invite.version
-    if is_gone or state.now >= current.deadline_at:
-        return replace(state, round=None), []
+    if is_gone or state.now >= current.deadline_at:  # said, so that nobody waits for us in vain
+        return replace(state, round=None, declined=True), []
     if not state.is_ready:
         return replace(state, round=None, declined=True), []
     if model is None or model.model != current.invite.model:
@@ -355,8 +355,13 @@ def _plan_check_in(state: Session) -> tuple[Session, list[Action]]:
     stood = stands is not None and stands.ready
     if not (declined or ready != stood or (ready and is_old)):
         return state, []
-    checked_in = CheckIn(offer.call, ready and not declined, state.examples)
-    return replace(state, stands=checked_in, stands_at=state.now), [checked_in]
+    said = [CheckIn(offer.call, is_in, state.examples) for is_in in _standings(ready, declined)]
+    return replace(state, stands=said[-1], stands_at=state.now), [*said]
+
+
+def _standings(ready: bool, declined: bool) -> list[bool]:
+    """Return what to say, in order: no to this invitation, and whether the next one is welcome."""
+    return [False, True] if declined and ready else [ready]
 
 
 def _plan_resend(state: Session) -> tuple[Session, list[Action]]:

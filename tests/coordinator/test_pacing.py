@@ -82,3 +82,42 @@ def test_settings_that_make_no_sense_are_configuration_errors(settings: dict[str
 def test_a_malformed_pace_is_a_configuration_error(spec: object) -> None:
     with pytest.raises(ConfigError, match="pace"):
         pacing.from_spec(spec)
+
+
+def test_a_buffer_keeps_its_concurrency_at_work_and_has_no_quorum() -> None:
+    pace = pacing.buffered(size=5, concurrency=20, deadline_s=600, max_staleness=4, count=9)
+    assert (pace.size, pace.quorum, pace.cohort, pace.max_staleness) == (5, 0, 20, 4)
+    assert [pace.invite(n, 0.0, 1.0) for n in (0, 3, 50)] == [0, 3, 20]
+    assert pacing.from_spec(pace.spec).spec == pace.spec
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"concurrency": 4}, "at least size 5"),
+        ({"max_staleness": -1}, "max_staleness from 0"),
+        ({"max_staleness": 101}, "max_staleness from 0 to 100"),
+        ({"size": 0}, "quorum"),
+        ({"quorum": 3}, "it takes size, concurrency, deadline_s, max_staleness, count"),
+    ],
+)
+def test_a_buffer_that_makes_no_sense_is_refused(settings: dict[str, Any], says: str) -> None:
+    good: dict[str, Any] = {"size": 5, "concurrency": 20, "deadline_s": 60}
+    with pytest.raises(ConfigError, match=says):
+        pacing.from_spec(["buffered", good | settings])
+
+
+def test_the_deadline_follows_what_nine_of_ten_devices_need() -> None:
+    pace = pacing.rounds(cohort=4, deadline_s=600, adapt=2.0)
+    assert pace.time_for([5.0] * 19) == 600
+    assert pace.time_for([5.0] * 18 + [50.0, 50.0]) == 10
+    assert pace.time_for([5.0] * 17 + [50.0] * 3) == 100
+    assert pace.time_for([0.1] * 20) == 1.0
+    assert pace.time_for([900.0] * 20) == 600
+    assert pacing.rounds(cohort=4, deadline_s=600).time_for([1.0] * 99) == 600
+
+
+@pytest.mark.parametrize("settings", [{"extend": -1}, {"extend": 1.5}, {"adapt": 0.5}])
+def test_a_patience_that_makes_no_sense_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"expected (extend|adapt)"):
+        pacing.rounds(cohort=4, deadline_s=60, **settings)

@@ -9,7 +9,9 @@ from coordinator.rounds import (
     DeadlinePassed,
     Declined,
     Event,
+    Filled,
     Invite,
+    Joined,
     Left,
     Reported,
     Returned,
@@ -28,6 +30,9 @@ events: st.SearchStrategy[Event] = st.one_of(
     names.map(Returned),
     names.map(Declined),
     st.just(DeadlinePassed()),
+)
+open_ended_events: st.SearchStrategy[Event] = st.one_of(
+    events, st.frozensets(names, max_size=3).map(Joined)
 )
 
 
@@ -140,3 +145,33 @@ def test_any_order_of_events_keeps_the_laws_of_a_round(
 @given(st.lists(events, max_size=30), st.integers(1, 4))
 def test_every_round_ends_once_its_deadline_passed(happened: list[Event], quorum: int) -> None:
     assert after(four(quorum), *happened, DeadlinePassed()).verdict != "waiting"
+
+
+def buffer(size: int = 3) -> Round:
+    return begin(1, 0, FOUR, quorum=0, goal=size)[0]
+
+
+def test_an_open_ended_round_waits_for_its_buffer_and_for_nothing_else() -> None:
+    r = after(buffer(), Reported("a"), Left("b"), Declined("c"), Left("d"), DeadlinePassed())
+    assert r.verdict == "waiting"
+    assert after(r, Filled()).verdict == "commit"
+    assert after(r, Reported("b"), Reported("c")).verdict == "commit"
+
+
+def test_devices_join_an_open_ended_round_and_are_invited_once() -> None:
+    r, actions = step(buffer(), Joined(frozenset({"d", "f", "e"})))
+    assert actions == (Invite("e"), Invite("f"))
+    assert standing(r, "e") == "counted"
+    assert standing(after(r, Filled()), "e") == "late"
+
+
+@given(st.lists(open_ended_events, max_size=40))
+def test_an_open_ended_round_never_aborts(happened: list[Event]) -> None:
+    r = after(buffer(), *happened)
+    assert r.verdict == ("commit" if len(r.reported) >= 3 else "waiting")
+    assert r.reported | r.left | r.declined <= r.cohort
+
+
+def test_a_round_without_a_quorum_needs_a_buffer_to_fill() -> None:
+    with pytest.raises(ValueError, match="quorum"):
+        begin(1, 0, FOUR, quorum=0, goal=0)

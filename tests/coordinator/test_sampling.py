@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from coordinator import sampling
 from coordinator.sampling import uniform
 
 DEVICES = [f"d{i:02}" for i in range(20)]
@@ -32,3 +33,11 @@ def test_every_device_has_an_equal_chance() -> None:
             counts[device] += 1
     deviation = np.sqrt(runs * 0.25 * 0.75)
     assert max(abs(n - runs / 4) for n in counts.values()) < 4.5 * deviation
+
+
+def test_nobody_in_a_growing_cohort_is_ever_moved() -> None:
+    few, many = [f"d{i:03}" for i in range(10)], [f"d{i:03}" for i in range(200)]
+    before, after = (sampling.buckets(c, 7, 8, grows=True) for c in (few, many))
+    assert before == {name: after[name] for name in few}
+    assert min(np.bincount(list(after.values()), minlength=8)) > 10
+    assert len(set(sampling.buckets(many, 7, 0, grows=True).values())) == 200

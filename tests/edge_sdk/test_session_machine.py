@@ -16,6 +16,7 @@ from edge_sdk.session import Session, next_due, step
 B1, W1, W2 = b"bundle-1", b"weights-1", b"weights-2"
 OFFER = e.Offered(call=1, round=1, version=1, bundle=B1, model=W1)
 INVITE = e.Invited(round=1, version=1, model=W1, deadline_s=60.0)
+READY = e.CheckIn(1, ready=True, examples=10)
 
 
 def run(state: Session, *events: e.Event) -> tuple[Session, list[e.Action]]:
@@ -120,13 +121,13 @@ def test_an_invitation_whose_weights_never_come_ends_at_its_deadline() -> None:
     state, _ = run(ready(), e.Invited(2, 2, W2, 60.0))
     assert next_due(state) == 60.0
     state, actions = run(state, e.Tick(60.0))
-    assert (state.round, actions) == (None, [])
+    assert (state.round, actions) == (None, [e.CheckIn(1, ready=False, examples=10), READY])
 
 
 def test_an_invitation_to_a_model_already_replaced_is_let_go() -> None:
     state, _ = run(ready(), replace(OFFER, version=2, model=W2))
     state, actions = run(state, INVITE)
-    assert (state.round, actions) == (None, [])
+    assert (state.round, actions) == (None, [e.CheckIn(1, ready=False, examples=10), READY])
 
 
 def test_training_is_submitted_once() -> None:
