@@ -14,6 +14,9 @@ from coordinator.demo.settings import Settings
 from edge_sdk.bundle import Bundle
 
 TASK = "demo"
+POLL_S = 0.2
+HOST_POLL_S = 1.0
+"""A process of many devices has better things to do than to look into many folders."""
 
 
 def coordinator_config(folder: Path, settings: Settings, broker: str, bundle: Bundle) -> Path:
@@ -41,12 +44,21 @@ def coordinator_config(folder: Path, settings: Settings, broker: str, bundle: Bu
 
 
 def device_config(
-    folder: Path, settings: Settings, broker: str, rows: tuple[NDArray[Any], NDArray[Any]]
+    folder: Path,
+    settings: Settings,
+    broker: str,
+    rows: tuple[NDArray[Any], NDArray[Any]],
+    quantile: float | None = None,
 ) -> Path:
-    """Write `device.toml` and the rows of one device; return the file to give to `--config`."""
+    """Write `device.toml` and the rows of one device; return the file to give to `--config`.
+
+    `quantile`: of the errors on its own rows, for the device to tell.
+    """
     inbox = folder / "inbox"
     inbox.mkdir(parents=True)
     np.savez(inbox / "rows.npz", x=rows[0], y=rows[1])
+    wanted = [] if quantile is None else [f"error_quantile = {quantile}"]
+    poll_s = POLL_S if len(settings.groups) == settings.devices else HOST_POLL_S
     lines = [
         f"broker = {json.dumps(broker)}",
         f'task = "{TASK}"',
@@ -55,9 +67,10 @@ def device_config(
         f"engine = {json.dumps(settings.engine)}",
         f"capacity = {len(rows[1])}",
         f"min_examples = {len(rows[1])}",
+        *wanted,
         "[source]",
         'folder = "inbox"',
-        "poll_s = 0.2",
+        f"poll_s = {poll_s}",
     ]
     return _write(folder / "device.toml", lines)
 

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ import numpy as np
 from coordinator import ledger
 from coordinator.broker import embedded
 from coordinator.compiler import export
-from coordinator.demo import folders, score
+from coordinator.demo import detection, folders, score
 from coordinator.demo.prepare import Start, prepare
 from coordinator.demo.processes import Process, stop_all
 from coordinator.demo.report import DeviceRow, Record, RoundRow
@@ -32,6 +33,7 @@ from edge_sdk.types import Params
 Show = Callable[[str], None]
 Result = dict[str, Any]
 POLL_S = 0.2
+SETTLE_S = 15.0
 BROKERS: dict[str, Literal["auto", "mosquitto", "amqtt"]] = {
     "embedded": "auto",
     "mosquitto": "mosquitto",
@@ -57,6 +59,8 @@ async def demo(settings: Settings, work: Path | None, *, show: Show) -> Record:
             fleet = Fleet(settings, start, folder, url)
             try:
                 await fleet.run(show)
+                if fleet.judge.finds_anomalies:
+                    await fleet.settled()
             finally:
                 await asyncio.to_thread(fleet.stop)
         show("measuring the exported models, and each device alone")
@@ -72,8 +76,9 @@ class Fleet:
         self._daemon = [sys.executable, "-m", "edge_sdk", "coordinator", "run"]
         self._daemon += ["--config", str(config)]
         self.store = config.parent / "store"
+        self.judge = start.judge
         self.coordinators = [self._coordinator()]
-        self.devices = [self._device(i) for i in range(settings.devices)]
+        self.hosts = {group: self._host(group) for group in settings.groups}
 
     async def run(self, show: Show) -> None:
         """Wait until the last version is there, telling how each round ended."""
@@ -99,7 +104,7 @@ class Fleet:
         return [row for row in found if row["outcome"] != "open"]
 
     def _look(self) -> list[Result]:
-        for process in (*self.coordinators, *self.devices):
+        for process in (*self.coordinators, *self.hosts.values()):
             process.watch()
         self._all_alive()
         return self.rounds()
@@ -108,9 +113,9 @@ class Fleet:
         if self.coordinators[-1].exit is not None and not self._finished():
             raise FedgeError(f"the coordinator stopped: {self.coordinators[-1].last_line()}")
         doomed = set(self.settings.droppers)
-        for number, device in enumerate(self.devices):
-            if device.exit is not None and number not in doomed:
-                raise FedgeError(f"device {number} stopped: {device.last_line()}")
+        for group, host in self.hosts.items():
+            if host.exit is not None and group[0] not in doomed:
+                raise FedgeError(f"{_named(group)} stopped: {host.last_line()}")
 
     def _finished(self) -> bool:
         entries = self.rounds()
@@ -127,48 +132,66 @@ class Fleet:
     def _coordinator(self) -> Process:
         return Process(self._daemon, self.folder / "coordinator" / "log")
 
-    def _device(self, number: int) -> Process:
-        place = self.folder / f"device-{number:03}"
-        rows = self.start.split.devices[number]
-        config = folders.device_config(place, self.settings, self.url, rows)
+    def _host(self, group: range) -> Process:
+        """Start the process of one device, or of several."""
         command = [self.settings.device_python, "-m", "edge_sdk", "device", "run"]
-        points = failpoints(self.settings, number)
+        for number in group:
+            command += ["--config", str(self._configured(number))]
+        points = failpoints(self.settings, group[0])
         environment = {VARIABLE: points} if points else {}
-        return Process([*command, "--config", str(config)], place / "log", environment)
+        return Process(command, self._place(group[0]) / "log", environment)
+
+    def _configured(self, number: int) -> Path:
+        rows = self.start.split.devices[number]
+        quantile = detection.LEVEL if self.judge.finds_anomalies else None
+        return folders.device_config(self._place(number), self.settings, self.url, rows, quantile)
+
+    def _place(self, number: int) -> Path:
+        return self.folder / f"device-{number:03}"
+
+    async def settled(self) -> None:
+        """Wait until the devices that are left have said what they make of the last model."""
+        until = time.monotonic() + SETTLE_S
+        while time.monotonic() < until:
+            alive = [g for g, host in self.hosts.items() if host.exit is None]
+            states = [folders.status(self._place(n)) for g in alive for n in g]
+            if all(s.get("version") == self.settings.rounds for s in states):
+                return
+            await asyncio.sleep(POLL_S)
 
     def stop(self) -> None:
         """Stop the devices, then the coordinator."""
-        stop_all(self.devices)
+        stop_all(list(self.hosts.values()))
         stop_all(self.coordinators)
 
     def record(self, seconds: float) -> Record:
-        """Measure what the run came to."""
-        settings, bundle, split = self.settings, self.start.bundle, self.start.split
-        states = [folders.status(self.folder / f"device-{i:03}") for i in range(settings.devices)]
+        """Measure what the run came to, and write the model where it is wanted."""
+        settings, bundle, judge = self.settings, self.start.bundle, self.judge
+        states = [folders.status(self._place(i)) for i in range(settings.devices)]
         rounds = [self._row(entry) for entry in self.rounds()]
-        final = self._params(settings.rounds)
-        model = export(bundle, final)
-        rounds_each = round(settings.rounds * settings.cohort / settings.devices)
-        steps = [rounds_each * self._steps(len(y)) for _, y in split.devices]
-        alone = score.alone(
-            bundle,
-            split.devices,
-            steps,
-            (split.x_test, split.y_test),
-            batch=settings.batch,
-            seed=settings.seed,
-        )
-        sums = [s for s in states if s.get("rounds")]
+        model = export(bundle, self._params(settings.rounds))
+        if settings.export is not None:
+            settings.export.write_bytes(model)
+        rows, alone = self._alone()
+        sizes = [u["size"] for u in ledger.updates(self.store, folders.TASK)]
         return Record(
-            accuracy_before=score.exported(bundle, bundle.params(), split.x_test, split.y_test),
-            accuracy_alone=float(np.mean(alone)),
-            accuracy_after=score.accuracy(model, split.x_test, split.y_test),
+            measure=judge.measure,
+            accuracy_before=judge.score(bundle.params()),
+            accuracy_alone=float(np.mean([judge.score_of(one) for one in alone])),
+            accuracy_after=judge.score_of(model),
+            anomalies=self._anomalies(model, rows, alone, states) if judge.finds_anomalies else {},
             rounds=rounds,
-            devices=[self._device_row(*pair) for pair in zip(self.devices, states, strict=True)],
-            bytes_up_mean=_mean(sums, "bytes_up"),
-            bytes_down_mean=_mean(sums, "bytes_down"),
+            devices=[
+                self._device_row(group, host, states[number])
+                for group, host in self.hosts.items()
+                for number in group
+            ],
+            bytes_up_mean=_mean(states, "bytes_up"),
+            bytes_down_mean=_mean(states, "bytes_down"),
+            bytes_update_mean=float(np.mean(sizes)),
             bytes_dense=4 * params.count(bundle.shapes),
-            device_rss_mib=max(d.peak_mib for d in self.devices),
+            bytes_export=len(model),
+            device_rss_mib=max(host.peak_mib for host in self.hosts.values()),
             training_rss_mib=max(map(_child_mib, states), default=0.0),
             coordinator_rss_mib=max(c.peak_mib for c in self.coordinators),
             model_digest=ledger.models(self.store, folders.TASK)[-1]["digest"],
@@ -178,6 +201,31 @@ class Fleet:
             settings={k: str(getattr(settings, k)) for k in Settings.__slots__},
         )
 
+    def _alone(self) -> tuple[list[score.Rows], list[bytes]]:
+        """Train devices by themselves, as long as if each had been invited to every round."""
+        devices, settings = self.start.split.devices, self.settings
+        chosen = np.linspace(0, len(devices) - 1, min(len(devices), score.MOST_ALONE))
+        rows = [devices[int(i)] for i in chosen]
+        steps = [settings.rounds * self._steps(len(y)) for _, y in rows]
+        options = {"batch": settings.batch, "seed": settings.seed, "engine": settings.engine}
+        return rows, score.alone(self.judge, rows, steps, **options)  # type: ignore[arg-type] # names and values belong together
+
+    def _anomalies(
+        self, model: bytes, rows: list[score.Rows], alone: list[bytes], states: list[Result]
+    ) -> Result:
+        """Say what thresholds find: before, alone, and together with what the devices told."""
+        judge, shipped = self.judge, export(self.start.bundle, self.start.bundle.params())
+        told = [s["error_threshold"] for s in states if s.get("version") == self.settings.rounds]
+        before = detection.agree([judge.threshold(shipped, own) for own in rows])
+        pairs = zip(alone, rows, strict=True)
+        each = [judge.detection(one, judge.threshold(one, own)) for one, own in pairs]
+        found = {
+            "shipped": judge.detection(shipped, before),
+            "alone": detection.mean(each),
+            "together": judge.detection(model, detection.agree(told)),
+        }
+        return {"thresholds": told, **{name: asdict(one) for name, one in found.items()}}
+
     def _steps(self, rows: int) -> int:
         return self.settings.epochs * -(-rows // self.settings.batch)
 
@@ -186,16 +234,15 @@ class Fleet:
         return params.unflatten(flat, self.start.bundle.shapes)
 
     def _row(self, entry: Result) -> RoundRow:
-        split, accuracy = self.start.split, None
+        accuracy = None
         if entry["outcome"] == "commit":
-            weights = self._params(entry["version"])
-            accuracy = score.exported(self.start.bundle, weights, split.x_test, split.y_test)
+            accuracy = self.judge.score(self._params(entry["version"]))
         counts = (len(entry["reported"]), len(entry["left"]), len(entry["late"]))
         return RoundRow(entry["number"], entry["outcome"], *counts, accuracy)
 
-    def _device_row(self, process: Process, state: dict[str, Any]) -> DeviceRow:
-        own, child = process.peak_mib, _child_mib(state)
-        return DeviceRow(str(state.get("device", "")), process.pid, process.exit, own, child)
+    def _device_row(self, group: range, host: Process, state: Result) -> DeviceRow:
+        own, child, name = host.peak_mib, _child_mib(state), str(state.get("device", ""))
+        return DeviceRow(name, host.pid, host.exit, own, child, len(group))
 
 
 def failpoints(settings: Settings, number: int) -> str:
@@ -205,6 +252,10 @@ def failpoints(settings: Settings, number: int) -> str:
     if number in settings.stragglers:
         return f"after_train:sleep={settings.deadline_s + 1}"
     return ""
+
+
+def _named(group: range) -> str:
+    return f"device {group[0]}" if len(group) == 1 else f"devices {group[0]} to {group[-1]}"
 
 
 def _line(entry: Result) -> str:

@@ -5,9 +5,16 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
+from edge_sdk.engine import AUTO
 from edge_sdk.errors import ConfigError
+
+RECIPES = ("digits", "anomaly")
+PROCESSES = 12
+"""Up to so many devices have a process each, unless `hosts` says otherwise."""
+PER_HOST = 25
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,15 +34,22 @@ class Settings:
     straggle: float = 0.0
     deadline_s: float = 30.0
     select_s: float = 1.0
+    hosts: int = 0
+    """Processes that share the devices, those of `drop` and `straggle` left out; 0 chooses."""
     kill_coordinator: int = 0
+    recipe: str = "digits"
     model: Path | None = None
     data: Path | None = None
     train: str = "all"
-    engine: str = "auto"
+    headroom: float = 1.0
+    ranges: str = "fixed"
+    engine: str = AUTO
     codec: str = "default"
     broker: str = "embedded"
     seed: int = 0
     device_python: str = sys.executable
+    export: Path | None = None
+    """Where the model that was learned goes, in the format it came in."""
 
     def __post_init__(self) -> None:
         if (self.model is None) != (self.data is None):
@@ -48,6 +62,8 @@ class Settings:
             raise ConfigError("--rounds, --epochs and --batch must be at least 1")
         if min(self.drop, self.straggle) < 0 or self.drop + self.straggle >= 1:
             raise ConfigError("--drop and --straggle are shares that together leave some devices")
+        if self.hosts < 0:
+            raise ConfigError(f"--hosts must be at least 1, got {self.hosts}")
 
     @property
     def droppers(self) -> range:
@@ -59,6 +75,16 @@ class Settings:
         """The devices that report late in every round: the ones after the droppers."""
         first = len(self.droppers)
         return range(first, first + round(self.straggle * self.devices))
+
+    @property
+    def groups(self) -> list[range]:
+        """The devices of each process: one alone where it is to be hurt, the others shared out."""
+        hurt = len(self.droppers) + len(self.stragglers)
+        rest = self.devices - hurt
+        count = min(self.hosts or (rest if rest <= PROCESSES else -(-rest // PER_HOST)), rest)
+        ends = [hurt + rest * i // count for i in range(count + 1)]
+        shared = [range(*pair) for pair in pairwise(ends)]
+        return [range(i, i + 1) for i in range(hurt)] + shared
 
     @property
     def quorum(self) -> int:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,6 +86,7 @@ def test_more_devices_than_owners_is_refused(tmp_path: Path) -> None:
         (["--cohort", "11"], "--cohort must be 1 to 10"),
         (["--rounds", "0"], "at least 1"),
         (["--model", "m.onnx"], "go together"),
+        (["--hosts", "-1"], "--hosts must be at least 1"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: list[str], said: str) -> None:
@@ -96,6 +99,33 @@ def test_droppers_and_stragglers_are_other_devices_and_the_quorum_can_be_met() -
     assert list(s.droppers) == [0, 1, 2]
     assert list(s.stragglers) == [3, 4, 5]
     assert 1 <= s.quorum <= 4
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [
+        ({"devices": 12}, [1] * 12),
+        ({"devices": 100}, [25] * 4),
+        ({"devices": 30}, [15] * 2),
+        ({"devices": 10, "hosts": 3}, [3, 3, 4]),
+        ({"devices": 4, "hosts": 9}, [1] * 4),
+        ({"devices": 20, "drop": 0.1, "straggle": 0.1, "hosts": 2}, [1, 1, 1, 1, 8, 8]),
+    ],
+)
+def test_devices_share_processes_but_those_that_are_to_be_hurt(
+    options: dict[str, Any], sizes: list[int]
+) -> None:
+    settings = Settings(cohort=4, **options)
+    assert [len(group) for group in settings.groups] == sizes
+    assert [n for group in settings.groups for n in group] == list(range(settings.devices))
+
+
+def test_a_recipe_brings_what_it_learns_well_with_and_options_win() -> None:
+    plain = cli.settings(vars(cli.parser().parse_args(["--recipe", "anomaly"])))
+    asked = cli.settings(vars(cli.parser().parse_args(["--recipe", "anomaly", "--lr", "0.5"])))
+    assert (plain.epochs, plain.lr) == (4, 0.003)
+    assert (asked.epochs, asked.lr) == (4, 0.5)
+    assert cli.settings(vars(cli.parser().parse_args([]))).lr == Settings().lr
 
 
 def test_the_deadline_is_short_where_every_round_waits_for_it() -> None:
@@ -156,6 +186,21 @@ def test_the_record_is_json_with_the_promised_names() -> None:
         "number", "outcome", "reported", "left", "late", "accuracy",
     }  # fmt: skip
     assert {"id", "pid", "exit", "rss_mib"} <= set(names["devices"][0])
+
+
+def test_the_table_says_how_many_devices_share_a_process_and_what_was_found() -> None:
+    found = {"detected_at_level": 0.8, "detected": 0.9, "false_alarms": 0.06}
+    shared = dataclasses.replace(
+        record(),
+        measure="AUC",
+        devices=[report.DeviceRow(f"d{i}", 11, 0, 100.0, 60.0, 25) for i in range(25)],
+        anomalies=dict.fromkeys(("shipped", "alone", "together"), found),
+    )
+    text = report.table(shared)
+    assert "process of 25 devices 100 MiB" in text
+    assert "AUC on rows that no device has seen" in text
+    assert "0.900, false alarms 0.060" in text
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_the_curves_are_a_picture(tmp_path: Path) -> None:

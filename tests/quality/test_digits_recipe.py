@@ -49,14 +49,15 @@ def _learned(recipe: Any, seed: int, codec: str) -> dict[str, float]:
     plan = Plan(
         settings.rounds, 10, settings.epochs, settings.batch, settings.lr, codec=codec, seed=seed
     )
-    done = federate(bundle, devices, plan, lambda p: score.exported(bundle, p, *rows.test))
+    judge = score.Judge(bundle, *rows.test)
+    done = federate(bundle, devices, plan, judge.score)
     steps = [settings.rounds * settings.epochs * -(-len(y) // settings.batch) for _, y in devices]
-    alone = score.alone(bundle, devices, steps, rows.test, batch=settings.batch, seed=seed)
+    alone = score.alone(judge, devices, steps, batch=settings.batch, seed=seed)
     size = 4 * sum(value.size for value in done.params.values())
     return {
-        "before": score.exported(bundle, bundle.params(), *rows.test),
+        "before": judge.score(bundle.params()),
         "after": done.scores[-1],
-        "alone": float(np.mean(alone)),
+        "alone": float(np.mean([judge.score_of(model) for model in alone])),
         "ratio": size / float(np.mean(done.sizes)),
         "weights": size / 4,
     }
