@@ -21,6 +21,7 @@ from edge_sdk.failpoints import Failpoints
 from edge_sdk.limits import Limits
 from edge_sdk.local import Local
 from edge_sdk.model import Model
+from edge_sdk.model_file import ModelFile
 from edge_sdk.outbox import DEFAULT_CAP_BYTES, Outbox
 from edge_sdk.store import Store, default_state
 from edge_sdk.training import ChildTrainer, LocalTraining
@@ -55,6 +56,9 @@ class Device:
         bundle: what to begin with; without it, the coordinator's first offer brings one.
         state: this device's folder, for its key, examples, model and outbox; one process at a
             time. ``~/.local/state/fedge/TASK`` by default.
+        model_file: where to keep the model that `predict` answers with as a file, ``.tflite`` or
+            ``.onnx``, for an interpreter of your own. It is replaced whole with each version,
+            before `when_updated` is called.
         conditions: when it may train, such as ``when.on_mains & when.idle``; or any ``() -> bool``.
         engine, threads: what runs the graphs; "auto" is the first that is installed and that the
             bundle has graphs for, of ort, litert and tflite.
@@ -80,6 +84,7 @@ class Device:
         task: str,
         bundle: Bundle | str | Path | None = None,
         state: str | Path | None = None,
+        model_file: str | Path | None = None,
         conditions: ConditionLike = always,
         engine: str = "auto",
         threads: int = 1,
@@ -104,6 +109,7 @@ class Device:
         _check_task(task)
         failpoints = Failpoints.from_environment()
         given = Bundle.load(bundle) if isinstance(bundle, str | Path) else bundle
+        held = ModelFile(model_file) if model_file is not None else None
         self._store = Store(state or default_state(task))
         try:
             key = self._store.identity()
@@ -127,6 +133,7 @@ class Device:
                 capacity=capacity,
                 limits=limits,
                 quantile=error_quantile,
+                model_file=held,
             )
             will = topics.status(key.id), hello(key, settings, online=False)
             if connect is None:

@@ -228,6 +228,7 @@ def _device(config: DeviceConfig, trainer: LocalTraining | None) -> Device:
         task=config.task,
         bundle=config.bundle,
         state=config.state,
+        model_file=config.model_file,
         conditions=config.conditions,
         engine=config.engine,
         threads=config.threads,

@@ -45,6 +45,8 @@ class DeviceConfig:
     state: Path | None = None
     """Its state folder; ``~/.local/state/fedge/TASK`` if not given."""
     bundle: Path | None = None
+    model_file: Path | None = None
+    """Where to keep the model in use as a file, ``.tflite`` or ``.onnx``."""
     name: str = ""
     engine: str = "auto"
     threads: int = 1

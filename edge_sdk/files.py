@@ -8,6 +8,7 @@ folder. Holds paths and bytes only; what they mean is the caller's business.
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import threading
 from pathlib import Path
@@ -60,9 +61,13 @@ def folder(path: Path) -> Path:
     return path
 
 
-def sweep(where: Path) -> None:
-    """Delete what a killed `write` left in folder `where`. Only for its one owner, at start."""
-    for stale in where.glob(f".*-*{_SUFFIX}"):
+def sweep(where: Path, name: str | None = None) -> None:
+    """Delete what killed `write`s left in folder `where`, of the file `name` alone or of all.
+
+    Only for the one owner of the folder, or of the file, at start.
+    """
+    of = "" if name is None else f"{glob.escape(name)}."
+    for stale in where.glob(f".{of}*-*{_SUFFIX}"):
         remove(stale)
 
 

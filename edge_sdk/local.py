@@ -21,6 +21,7 @@ from edge_sdk.bundle import Bundle
 from edge_sdk.errors import BundleError, EngineError, FedgeError, RefusedError, StoreError
 from edge_sdk.limits import Limits
 from edge_sdk.model import Model, batched, open_model
+from edge_sdk.model_file import ModelFile
 from edge_sdk.samples import Samples
 from edge_sdk.store import ModelName, Store
 from edge_sdk.trainer import Feed
@@ -55,7 +56,9 @@ class Local:
         capacity: int = 2000,
         limits: Limits | None = None,
         quantile: float | None = None,
+        model_file: ModelFile | None = None,
     ) -> None:
+        self._file = model_file
         self._quantile = quantile
         self._threshold: tuple[tuple[str, int], float] | None = None
         self.model: Model | None = None
@@ -251,6 +254,8 @@ class Local:
         layout = _layout(bundle.manifest)
         model = open_model(bundle, weights, version, engine=self._engine, threads=self._threads)
         self._open_samples(layout)
+        if self._file is not None:
+            self._file.put(bundle, weights)
         self._store.set_model(ModelName(bundle.digest, model.weights, version))
         self.bundle, self.model, self.refused = bundle, model, None
         self.arrived.set()
