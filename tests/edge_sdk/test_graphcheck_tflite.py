@@ -3,13 +3,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from ai_edge_litert import schema_py_generated as schema
 from forward_models import cnn, mlp
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tflite_bundles import Change, Editable, lowered, planted_tflite
 
 from coordinator.compiler import adam, build, chain, clip, momentum, sgd
@@ -437,3 +442,29 @@ def test_ranks_are_those_that_the_writer_knew(bundle: Bundle) -> None:
             name: said[name] for name in sure if name in said
         }
         assert len(said.keys() - sure.keys()) <= 0.1 * len(said)
+
+
+@given(st.sampled_from(["predict", "train", "evaluate"]), st.data())
+@settings(deadline=None, max_examples=50)
+def test_damage_passes_or_is_refused(role: str, draw: st.DataObject) -> None:
+    data = bytearray(CLIPPED.graph("tflite", role))
+    for at in draw.draw(st.lists(st.integers(0, len(data) - 1), min_size=1, max_size=4)):
+        data[at] ^= 1 << draw.draw(st.integers(0, 7))
+    spoilt = planted_tflite(CLIPPED, role, raw=lambda _: bytes(data))
+    with contextlib.suppress(RefusedError):
+        spoilt.check()
+
+
+@pytest.mark.parametrize("name", ["kws_ref_model", "pretrainedResnet_quant", "vww_96_int8"])
+def test_bundles_of_real_models_pass_in_both_formats(
+    shared: Path, name: str, figure: Callable[..., None]
+) -> None:
+    optimizer = chain(clip(1.0), momentum(0.9, lr=0.05))
+    model = shared / "models" / f"{name}.tflite"
+    bundle = build(
+        model, loss="cross_entropy", train="all", optimizer=optimizer, engines=("onnx", "tflite")
+    )
+    assert sorted(bundle.manifest["graphs"]) == ["onnx", "tflite"]
+    began = time.perf_counter()
+    bundle.check()
+    figure(f"checking a bundle of {name}, ms", 1000 * (time.perf_counter() - began))
