@@ -29,8 +29,10 @@ _COPIES = frozenset({"Expand", "Identity", "Reshape", "Slice", "Squeeze", "Trans
 _Known = dict[str, tuple[int | None, ...] | None]
 
 
-def free_shapes(proto: onnx.ModelProto, batch: int) -> None:
+def free_shapes(proto: onnx.ModelProto, batch: int, kept: frozenset[str] = frozenset()) -> None:
     """Rewrite, in place, what holds on to the batch size that the model was exported for.
+
+    Nodes that make a tensor of `kept` already hold for any batch.
 
     Requires: one input whose first dimension is `batch`, nodes in topological order.
     Raises: CompileError naming a Reshape that mixes the batch with what else it holds.
@@ -40,7 +42,7 @@ def free_shapes(proto: onnx.ModelProto, batch: int) -> None:
     before = _shapes(model)
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = batch * _FACTOR
     _forget_output(model.graph)
-    todo, inner = _spelled_out(model.graph), dict[str, int]()
+    todo, inner = _spelled_out(model.graph, kept), dict[str, int]()
     is_moving = bool(todo)
     while is_moving:
         after, is_moving = _shapes(model), False
@@ -135,13 +137,16 @@ def _shapes(model: onnx.ModelProto) -> _Known:
     return {value.name: from_type(value.name, value.type).shape for value in values}
 
 
-def _spelled_out(graph: onnx.GraphProto) -> list[int]:
+def _spelled_out(graph: onnx.GraphProto, kept: frozenset[str]) -> list[int]:
     """Return the places of the Reshape nodes whose targets are stored or computed from such."""
     stored = {t.name for t in graph.initializer}
     return [
         at
         for at, node in enumerate(graph.node)
-        if node.op_type == "Reshape" and node.input[1] in stored and node.input[0] not in stored
+        if node.op_type == "Reshape"
+        and node.input[1] in stored
+        and node.input[0] not in stored
+        and node.output[0] not in kept
     ]
 
 

@@ -43,6 +43,18 @@ class Origin(NamedTuple):
     order: tuple[int, ...] | None
 
 
+class Spread(NamedTuple):
+    """A tensor whose space TFLite keeps in its batch, to dilate a convolution; here it stays whole.
+
+    Attributes:
+        dilations: for each dimension of space.
+        pads: that the convolution still owes, less what is cropped after it.
+    """
+
+    dilations: tuple[int, ...]
+    pads: tuple[tuple[int, int], ...]
+
+
 class Forward:
     """A graph being written.
 
@@ -51,6 +63,9 @@ class Forward:
         origins: the constant tensor behind each initializer that may be trained.
         steps: the tensors whose quantization each scale of an activation stands for.
         fixed: those of them that TFLite's kernels take for granted.
+        padded: tensors that are another one, padded, until somebody reads them so.
+        spread: tensors between SPACE_TO_BATCH_ND and BATCH_TO_SPACE_ND.
+        free: what a Reshape makes that is right for any batch.
     """
 
     def __init__(self, file: TfliteFile, graph: Subgraph) -> None:
@@ -60,6 +75,8 @@ class Forward:
         self.steps: dict[str, list[int]] = {}
         self.fixed: set[str] = set()
         self.padded: dict[int, tuple[int, tuple[tuple[int, int], ...]]] = {}
+        self.spread: dict[int, Spread] = {}
+        self.free: set[str] = set()
         self.names = _names(graph)
         self._known: dict[int, NDArray[Any]] = {}
         self._values: dict[int, dict[Layout, str]] = {}
@@ -67,6 +84,7 @@ class Forward:
         self._scales: dict[int, str] = {}
         self._zeros: dict[tuple[str, int], str] = {}
         self._stored: dict[int, tuple[str, tuple[int, ...]]] = {}
+        self._doubled: dict[int, NDArray[Any]] = {}
         self._same: dict[int, int] = {}
         self._final: dict[str, str] = {}
 
@@ -77,7 +95,18 @@ class Forward:
         return self.graph.tensors[i]
 
     def shape(self, i: int) -> tuple[int, ...]:
-        """Return a tensor's shape as the file has it, for the batch it was converted for."""
+        """Return a tensor's shape for the batch that the file was converted for.
+
+        What is known of the graph so far counts more than the file, which may have left sizes open.
+        """
+        value = self.known(i)
+        if value is not None:
+            return value.shape
+        for layout, name in self._values.get(i, {}).items():
+            dims = self.e.static(name)
+            if dims is not None:
+                order = to_last(len(dims)) if layout == "first" else range(len(dims))
+                return tuple(dims[n] for n in order)
         return self.tensor(i).shape
 
     def rank(self, i: int) -> int:
@@ -103,10 +132,25 @@ class Forward:
                 self._known[i] = _array(t, self.file.data(t.buffer))
         return self._known.get(i)
 
+    def doubled(self, i: int) -> NDArray[Any] | None:
+        """Return what a constant that was computed from the batch's size is for twice of it."""
+        return self._doubled.get(i, self.known(i))
+
+    @property
+    def batch(self) -> int:
+        """Return the batch that the file was converted for."""
+        shape = self.tensor(self.graph.inputs[0]).shape if self.graph.inputs else ()
+        return shape[0] if shape else 1
+
     def is_weight(self, i: int) -> bool:
         """Tell whether a tensor is constant numbers, float or quantized, not sizes or indices."""
         t = self.tensor(i)
         return self.known(i) is not None and (t.dtype == "float32" or self.is_quantized(i))
+
+    def is_stored(self, i: int) -> bool:
+        """Tell whether a constant is in the file, not computed here."""
+        i = self._same.get(i, i)
+        return bool(self.file.buffers[self.tensor(i).buffer].size)
 
     def numbers(self, i: int, op: Operator) -> tuple[int, ...]:
         """Return a constant of integers (axes, sizes); raise CompileError where it is computed."""
@@ -140,7 +184,7 @@ class Forward:
         if layout not in values:
             order = to_first(self.rank(i)) if layout == "first" else to_last(self.rank(i))
             (value,) = values.values()
-            self._put(i, self.transposed(value, order), layout)
+            self._put(i, self.turned(value, order), layout)
         return values[layout]
 
     def operand(self, i: int, layout: Layout, rank: int) -> str:
@@ -155,15 +199,19 @@ class Forward:
             return self.read(i, layout)
         return self.transposed(self.e.Reshape(self.read(i), self.e.ints(*shape)), to_first(rank))
 
-    def transposed(self, value: str, order: tuple[int, ...]) -> str:
-        """Emit a transposition: a Reshape where no number has to move."""
+    def turned(self, value: str, order: tuple[int, ...]) -> str:
+        """Emit a change of layout: a Reshape where no number has to move, whatever the batch."""
         dims = self.e.static(value)
-        if order == tuple(range(len(order))):
-            return value
-        if dims is not None:
-            moved = [n for n in order if dims[n] != 1]
+        if len(order) == 4 and dims is not None:
+            moved = [n for n in order[1:] if dims[n] != 1]
             if moved == sorted(moved):
                 return self.e.Reshape(value, self.e.ints(*(dims[n] for n in order)))
+        return self.transposed(value, order)
+
+    def transposed(self, value: str, order: tuple[int, ...]) -> str:
+        """Emit a transposition, unless it is none."""
+        if order == tuple(range(len(order))):
+            return value
         return self.e.Transpose(value, perm=order)
 
     def weight(
@@ -223,9 +271,11 @@ class Forward:
         scale, zero = self.scale(i), self.zero(i)
         return self.e.DequantizeLinear(self.e.QuantizeLinear(value, scale, zero), scale, zero)
 
-    def know(self, i: int, value: NDArray[Any]) -> None:
-        """Say that a tensor is constant."""
+    def know(self, i: int, value: NDArray[Any], doubled: NDArray[Any] | None = None) -> None:
+        """Say that a tensor is constant, or, with `doubled`, what it is for twice the batch."""
         self._known[i] = value
+        if doubled is not None and not np.array_equal(value, doubled):
+            self._doubled[i] = doubled
 
     def same(self, i: int, other: int) -> None:
         """Say that a tensor is another one, dequantized or not: a constant stays a weight."""
@@ -358,11 +408,35 @@ class Forward:
                 f"expected tensor {t.name!r} to be stored or made by an operator, it is neither: "
                 "convert the model again"
             )
-        if self.is_weight(i):
+        if self.is_weight(i) and self.is_stored(i):
             return self.weight(i, to_first(self.rank(i)) if layout == "first" else None)
+        if self.is_quantized(i):
+            t = self.tensor(i)
+            value = (value - t.zero_point[0]).astype(np.float32) * t.scale[0]
+        twice = self._doubled.get(i)
+        if twice is not None and (value == value.reshape(-1)[:1]).all():
+            pairs = zip(value.shape, twice.shape, strict=True)
+            value = value.reshape(-1)[0] * np.ones(
+                [a if a == b else 1 for a, b in pairs], value.dtype
+            )
+        elif twice is not None and value.dtype == np.float32:
+            raise CompileError(
+                f"expected constants for any batch, {self.names[i]!r} holds for {self.batch}: "
+                "convert the model with a fixed batch of 1"
+            )
+        if value.dtype == np.float32 and value.size > 1:
+            return self._computed(
+                value if layout == "last" else value.transpose(to_first(value.ndim))
+            )
         if layout == "first":
             value = np.transpose(value, to_first(value.ndim))
         return self.e.const(value, value.dtype)
+
+    def _computed(self, value: NDArray[Any]) -> str:
+        """Emit numbers that were computed here: behind an Expand nobody takes them for weights."""
+        one = value.reshape(-1)[0]
+        start = one if (value == one).all() else value
+        return self.e.Expand(self.e.const(start), self.e.ints(*value.shape))
 
     def _store(self, i: int, order: tuple[int, ...], dims: tuple[int, ...]) -> str:
         """Store a constant and return the name of its numbers."""

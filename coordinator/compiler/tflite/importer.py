@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import onnx
 
 import coordinator.compiler.tflite.ops  # noqa: F401  fills the table
 from coordinator.compiler.graph import Graph
+from coordinator.compiler.reshapes import free_shapes
 from coordinator.compiler.runtime import session
 from coordinator.compiler.tflite.forward import Forward, Origin, refusal
 from coordinator.compiler.tflite.table import IMPORTS
@@ -28,8 +30,11 @@ _STATE = frozenset(
 )  # fmt: skip
 _CONTROL = frozenset({"CALL", "IF", "WHILE"})
 _RANDOM = frozenset({"MULTINOMIAL", "RANDOM_STANDARD_NORMAL", "RANDOM_UNIFORM"})
-_MOVES = frozenset({"DEQUANTIZE", "EXPAND_DIMS", "RESHAPE", "SQUEEZE", "TRANSPOSE"})
-"""Operators through which a stored tensor stays a weight; others are computed here."""
+_SPREADING = frozenset(
+    {"ADD", "BATCH_TO_SPACE_ND", "CONV_2D", "DEPTHWISE_CONV_2D", "EXPAND_DIMS", "MUL", "QUANTIZE",
+     "RELU", "RELU6", "RESHAPE", "SQUEEZE", "SUB"}
+)  # fmt: skip
+"""Operators that do not mind space being kept in the batch."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,9 @@ def import_model(data: bytes, signature: str | None = None) -> Imported:
     for op in f.graph.operators:
         _import(f, op)
     outputs, final = f.end()
-    graph = _renamed(f.e.graph(outputs=outputs), final)
+    graph, names = _renamed(f.e.graph(outputs=outputs), final)
     proto = replace(graph, name=f.graph.name or "main").to_model()
+    _free(proto, f.batch, frozenset(names.get(name, name) for name in f.free))
     steps = {name: tuple(tensors) for name, tensors in f.steps.items()}
     return Imported(proto, f.origins, steps, frozenset(f.fixed), number)
 
@@ -93,7 +99,13 @@ def _import(f: Forward, op: Operator) -> None:
     if inputs and all(f.known(i) is not None for i in inputs) and _is_foldable(f, op):
         _fold(f, op)
         return
+    spread = next((f.spread[i] for i in inputs if i in f.spread), None)
+    if spread is not None and op.op not in _SPREADING:
+        raise refusal(op, f, "it works on space that is kept in the batch: convert it anew")
     IMPORTS[op.op](f, op)
+    if spread is not None and op.op != "BATCH_TO_SPACE_ND":
+        for i in op.outputs:
+            f.spread.setdefault(i, spread)
 
 
 def _check(f: Forward, op: Operator) -> None:
@@ -117,31 +129,53 @@ def _check(f: Forward, op: Operator) -> None:
 
 
 def _is_foldable(f: Forward, op: Operator) -> bool:
-    has_weights = any(f.is_weight(i) for i in op.inputs if i >= 0)
+    """Tell whether an operator of constants is arithmetic of sizes, not a layer of weights."""
+    weights = [i for i in op.inputs if i >= 0 and f.is_weight(i) and f.is_stored(i)]
     quantized = any(f.is_quantized(i) for i in (*op.inputs, *op.outputs) if i >= 0)
-    return not quantized and not (has_weights and op.op in _MOVES)
+    return not quantized and all(prod(f.shape(i)) == 1 for i in weights)
 
 
 def _fold(f: Forward, op: Operator) -> None:
-    """Compute an operator of constants."""
+    """Compute an operator of constants, for the file's batch and for twice of it."""
+    once = _computed(f, op, [f.known(i) for i in op.inputs])
+    twice = _computed(f, op, [f.doubled(i) for i in op.inputs])
+    for i, value, doubled in zip(op.outputs, once, twice, strict=True):
+        f.know(i, value, doubled)
+
+
+def _computed(f: Forward, op: Operator, values: list[Any]) -> list[Any]:
     part = Forward(f.file, Subgraph("", f.graph.tensors, (op,), (), op.outputs))
-    for i in op.inputs:
-        value = f.known(i)
+    for i, value in zip(op.inputs, values, strict=True):
         if value is not None:
             part.know(i, value)
     IMPORTS[op.op](part, op)
-    computed = {i: part.known(i) for i in op.outputs}
-    if any(value is None for value in computed.values()):
-        names = [part.read(i) for i in op.outputs]
-        graph = part.e.graph(outputs=[part.e.Identity(name) for name in names])
-        runs = session(graph.to_model().SerializeToString(), optimize=False)
-        computed = dict(zip(op.outputs, runs.run(None, {}), strict=True))
-    for i, value in computed.items():
-        f.know(i, np.asarray(value))
+    known = [part.known(i) for i in op.outputs]
+    if all(value is not None for value in known):
+        return known
+    names = [part.read(i) for i in op.outputs]
+    graph = part.e.graph(outputs=[part.e.Identity(name) for name in names])
+    runs = session(graph.to_model().SerializeToString(), optimize=False)
+    return [np.asarray(value) for value in runs.run(None, {})]
 
 
-def _renamed(graph: Graph, final: Mapping[str, str]) -> Graph:
-    """Give tensors their names in the file, as far as those are free, and drop what is unused."""
+def _free(proto: onnx.ModelProto, batch: int, kept: frozenset[str]) -> None:
+    """Let a model of one input and one output take any batch."""
+    if len(proto.graph.input) != 1 or len(proto.graph.output) != 1:
+        return
+    ends = [proto.graph.input[0], proto.graph.output[0]]
+    dims = [value.type.tensor_type.shape.dim for value in ends]
+    if not all(dims) or any(dim[0].dim_value != batch for dim in dims):
+        return
+    free_shapes(proto, batch, kept)
+    for dim in dims:
+        dim[0].dim_param = "N"
+
+
+def _renamed(graph: Graph, final: Mapping[str, str]) -> tuple[Graph, dict[str, str]]:
+    """Give tensors their names in the file, as far as those are free, and drop what is unused.
+
+    Returns: the graph, and the names by those they replace.
+    """
     needed = {value.name for value in graph.outputs}
     kept = []
     for node in reversed(graph.nodes):
@@ -167,11 +201,7 @@ def _renamed(graph: Graph, final: Mapping[str, str]) -> Graph:
         )
         for node in reversed(kept)
     )
-    return replace(
-        graph,
-        nodes=nodes,
-        initializers={n: a for n, a in graph.initializers.items() if n in needed},
-        inputs=graph.inputs,
-        outputs=tuple(map(named, graph.outputs)),
-        values={},
-    )
+    stored = {name: array for name, array in graph.initializers.items() if name in needed}
+    outputs = tuple(map(named, graph.outputs))
+    renamed = replace(graph, nodes=nodes, initializers=stored, outputs=outputs, values={})
+    return renamed, names

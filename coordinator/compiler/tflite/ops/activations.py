@@ -42,7 +42,7 @@ def _(f: Forward, op: Operator) -> None:
 @imports("PRELU")
 def _(f: Forward, op: Operator) -> None:
     x, slope, y = op.inputs[0], op.inputs[1], op.outputs[0]
-    rank = f.rank(y)
+    rank = f.rank(op.inputs[0])
     layout = f.layout(x, rank=rank)
     f.write(y, f.e.PRelu(f.read(x, layout), f.operand(slope, layout, rank)), layout)
 
@@ -52,7 +52,7 @@ def _(f: Forward, op: Operator) -> None:
     beta = op.options.get("beta", 1.0) or 1.0
     x, y = op.inputs[0], op.outputs[0]
     f.fix(y)
-    rank = f.rank(y)
+    rank = f.rank(op.inputs[0])
     layout = f.layout(x, rank=rank)
     value = f.read(x, layout)
     value = value if beta == 1.0 else f.e.Mul(value, f.e.const(beta))
@@ -65,7 +65,7 @@ def _(f: Forward, op: Operator) -> None:
 def _(f: Forward, op: Operator) -> None:
     y = op.outputs[0]
     f.fix(y)
-    rank = f.rank(y)
+    rank = f.rank(op.inputs[0])
     layout = f.layout(op.inputs[0], rank=rank)
     value = f.read(op.inputs[0], layout)
     axis = f.e.ints(place(rank - 1, rank, layout))
@@ -76,5 +76,5 @@ def _(f: Forward, op: Operator) -> None:
 
 def _map(f: Forward, op: Operator, make: Callable[[str], str]) -> None:
     x, y = op.inputs[0], op.outputs[0]
-    layout = f.layout(x, rank=f.rank(y))
+    layout = f.layout(x, rank=f.rank(x))
     f.write(y, make(f.read(x, layout)), layout)

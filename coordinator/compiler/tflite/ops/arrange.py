@@ -16,7 +16,7 @@ from edge_sdk.tflitefile import Operator
 @imports("CONCATENATION")
 def _(f: Forward, op: Operator) -> None:
     y = op.outputs[0]
-    rank = f.rank(y)
+    rank = f.rank(op.inputs[0])
     f.share(y, *op.inputs)
     layout = f.layout(*op.inputs, rank=rank)
     axis = place(op.options["axis"] % rank, rank, layout)
@@ -32,7 +32,12 @@ def _(f: Forward, op: Operator) -> None:
     (axis,) = f.axes(axis_input, op, rank)
     f.share(x, *op.outputs)
     layout = f.layout(x, rank=rank)
-    sizes = f.e.ints(*(f.shape(i)[axis] for i in op.outputs))
+    cuts = [f.shape(x)[axis] // len(op.outputs)] * len(op.outputs)
+    if op.op == "SPLIT_V":
+        cuts = list(f.numbers(op.inputs[1], op))
+        if -1 in cuts:
+            cuts[cuts.index(-1)] = f.shape(x)[axis] - sum(cuts) - 1
+    sizes = f.e.ints(*cuts)
     parts = f.e.Split(
         f.read(x, layout), sizes, outputs=len(op.outputs), axis=place(axis, rank, layout)
     )
@@ -81,7 +86,7 @@ def _(f: Forward, op: Operator) -> None:
 @imports("PACK")
 def _(f: Forward, op: Operator) -> None:
     y = op.outputs[0]
-    axis = op.options["axis"] % f.rank(y)
+    axis = op.options["axis"] % (f.rank(op.inputs[0]) + 1)
     f.share(y, *op.inputs)
     parts = [f.e.Unsqueeze(f.read(i), f.e.ints(axis)) for i in op.inputs]
     f.write(y, f.e.Concat(*parts, axis=axis))
@@ -141,16 +146,19 @@ def _(f: Forward, op: Operator) -> None:
 def _(f: Forward, op: Operator) -> None:
     x, y = op.inputs[0], op.outputs[0]
     f.share(x, y)
-    f.write(y, f.e.Expand(f.read(x), f.e.ints(*f.shape(y))))
+    f.write(y, f.e.Expand(f.read(x), f.e.ints(*f.numbers(op.inputs[1], op))))
 
 
 @imports("FILL")
 def _(f: Forward, op: Operator) -> None:
     value, y = f.known(op.inputs[1]), op.outputs[0]
     if value is None:
-        f.write(y, f.e.Expand(f.read(op.inputs[1]), f.e.ints(*f.shape(y))))
-    else:
-        f.know(y, np.full(f.numbers(op.inputs[0], op), value))
+        sizes = f.e.ints(*f.numbers(op.inputs[0], op))
+        f.write(y, f.e.Expand(f.read(op.inputs[1]), sizes))
+        return
+    f.numbers(op.inputs[0], op)
+    once, twice = f.known(op.inputs[0]), f.doubled(op.inputs[0])
+    f.know(y, *(np.full(sizes, value) for sizes in (once, twice) if sizes is not None))
 
 
 @imports("RANGE")

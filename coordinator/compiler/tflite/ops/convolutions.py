@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from coordinator.compiler.tflite.forward import Forward, refusal
+from coordinator.compiler.tflite.forward import Forward, Spread, refusal
 from coordinator.compiler.tflite.table import imports
 from edge_sdk.tflitefile import Operator
 
@@ -31,6 +31,34 @@ def _(f: Forward, op: Operator) -> None:
     _convolve(f, op, f.weight(w, _DEPTHWISE), (height, width), f.shape(x)[3])
 
 
+@imports("SPACE_TO_BATCH_ND")
+def _(f: Forward, op: Operator) -> None:
+    x, y = op.inputs[0], op.outputs[0]
+    later = f.graph.operators[f.graph.operators.index(op) :] if op in f.graph.operators else ()
+    back = next((o for o in later if o.op == "BATCH_TO_SPACE_ND"), None)
+    if back is None:
+        raise refusal(op, f, "no BATCH_TO_SPACE_ND undoes it: convert without it")
+    blocks, added = f.numbers(op.inputs[1], op), f.numbers(op.inputs[2], op)
+    taken = f.numbers(back.inputs[2], back)
+    pads = [a - b for a, b in zip(added, taken, strict=False)]
+    if f.numbers(back.inputs[1], back) != blocks or min(pads) < 0:
+        raise refusal(op, f, "the next BATCH_TO_SPACE_ND does not undo it: convert without it")
+    f.share(x, y)
+    layout = f.layout(x, rank=f.rank(x))
+    f.write(y, f.e.Identity(f.read(x, layout)), layout)
+    f.spread[y] = Spread(blocks, tuple(zip(pads[::2], pads[1::2], strict=True)))
+
+
+@imports("BATCH_TO_SPACE_ND")
+def _(f: Forward, op: Operator) -> None:
+    x, y = op.inputs[0], op.outputs[0]
+    if x not in f.spread or any(map(any, f.spread[x].pads)):
+        raise refusal(op, f, "no convolution stands between it and SPACE_TO_BATCH_ND")
+    f.share(x, y)
+    layout = f.layout(x, rank=f.rank(x))
+    f.write(y, f.e.Identity(f.read(x, layout)), layout)
+
+
 @imports("TRANSPOSE_CONV")
 def _(f: Forward, op: Operator) -> None:
     w, x, y = op.inputs[1], op.inputs[2], op.outputs[0]
@@ -38,7 +66,9 @@ def _(f: Forward, op: Operator) -> None:
     if depth != f.shape(x)[3]:
         raise refusal(op, f, "it has groups: convert without groups")
     strides = _pair(op, "stride")
-    sizes = zip(f.shape(x)[1:3], f.shape(y)[1:3], (height, width), strides, strict=True)
+    target = f.known(op.inputs[0])
+    shape = f.shape(y) if target is None else tuple(int(n) for n in target)
+    sizes = zip(f.shape(x)[1:3], shape[1:3], (height, width), strides, strict=True)
     pads: list[tuple[int, int]] = []
     rest: list[int] = []
     for before, after, kernel, stride in sizes:
@@ -73,7 +103,12 @@ def _convolve(f: Forward, op: Operator, weight: str, kernel: tuple[int, int], gr
     if not is_spatial:
         source, outer = x, ((0, 0),) * 4
     pads = list(outer[1:3])
-    if op.options["padding"] == "SAME":
+    if x in f.spread:
+        if op.options["padding"] != "VALID" or (*strides, *dilations) != (1, 1, 1, 1):
+            raise refusal(op, f, "its space is kept in the batch, and it has strides: convert anew")
+        dilations, pads = f.spread[x].dilations[:2], list(f.spread[x].pads)
+        f.spread[op.outputs[0]] = Spread(dilations, ((0, 0), (0, 0)))
+    elif op.options["padding"] == "SAME":
         sizes = zip(f.shape(x)[1:3], kernel, strides, dilations, strict=True)
         pads = [same(*size) for size in sizes]
     if source != x:

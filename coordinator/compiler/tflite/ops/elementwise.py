@@ -81,17 +81,18 @@ def _(f: Forward, op: Operator) -> None:
 @imports("ADD_N")
 def _(f: Forward, op: Operator) -> None:
     y = op.outputs[0]
-    layout = f.layout(*op.inputs, rank=f.rank(y))
-    total = f.operand(op.inputs[0], layout, f.rank(y))
+    rank = max(map(f.rank, op.inputs))
+    layout = f.layout(*op.inputs, rank=rank)
+    total = f.operand(op.inputs[0], layout, rank)
     for i in op.inputs[1:]:
-        total = f.e.Add(total, f.operand(i, layout, f.rank(y)))
+        total = f.e.Add(total, f.operand(i, layout, rank))
     f.write(y, total, layout)
 
 
 @imports("SELECT", "SELECT_V2")
 def _(f: Forward, op: Operator) -> None:
     y = op.outputs[0]
-    rank = f.rank(y)
+    rank = max(map(f.rank, op.inputs))
     layout = f.layout(*op.inputs, rank=rank)
     f.write(y, f.e.Where(*(f.operand(i, layout, rank) for i in op.inputs)), layout)
 
@@ -99,7 +100,7 @@ def _(f: Forward, op: Operator) -> None:
 @imports("CAST")
 def _(f: Forward, op: Operator) -> None:
     y = op.outputs[0]
-    layout = f.layout(op.inputs[0], rank=f.rank(y))
+    layout = f.layout(op.inputs[0], rank=f.rank(op.inputs[0]))
     value = f.read(op.inputs[0], layout)
     f.write(y, f.e.Cast(value, to=np.dtype(f.tensor(y).dtype)), layout)
 
@@ -107,14 +108,14 @@ def _(f: Forward, op: Operator) -> None:
 @imports("ZEROS_LIKE")
 def _(f: Forward, op: Operator) -> None:
     y = op.outputs[0]
-    f.know(y, np.zeros(f.shape(y), f.tensor(y).dtype))
+    f.know(y, np.zeros(f.shape(op.inputs[0]), f.tensor(y).dtype))
 
 
 def _combine(f: Forward, op: Operator, make: Callable[[str, str], str]) -> None:
     """Write a function of two operands and its fused activation."""
     a, b = op.inputs
     y = op.outputs[0]
-    rank = f.rank(y)
+    rank = max(f.rank(a), f.rank(b))
     layout = f.layout(a, b, rank=rank)
     if op.op in {"MAXIMUM", "MINIMUM"}:
         f.share(a, b, y)
@@ -125,5 +126,5 @@ def _combine(f: Forward, op: Operator, make: Callable[[str, str], str]) -> None:
 
 def _map(f: Forward, op: Operator, make: Callable[[str], str]) -> None:
     x, y = op.inputs[0], op.outputs[0]
-    layout = f.layout(x, rank=f.rank(y))
+    layout = f.layout(x, rank=f.rank(x))
     f.write(y, make(f.read(x, layout)), layout)

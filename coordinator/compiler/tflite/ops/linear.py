@@ -24,8 +24,9 @@ def _(f: Forward, op: Operator) -> None:
     product = f.e.Gemm(value, f.weight(w), bias, transB=1)
     word = op.options.get("fused_activation_function", "NONE")
     product = f.activation(word, product, y, op)
-    if f.shape(y) != (rows, outs):
-        product = f.e.Reshape(product, f.e.ints(*f.shape(y)))
+    shape = (*f.shape(x)[:-1], outs) if op.options.get("keep_num_dims") else f.tensor(y).shape
+    if prod(shape) == rows * outs and shape != (rows, outs):
+        product = f.e.Reshape(product, f.e.ints(*shape))
     f.write(y, product)
 
 

@@ -11,7 +11,7 @@ from edge_sdk.tflitefile import Operator
 @imports("QUANTIZE")
 def _(f: Forward, op: Operator) -> None:
     x, y = op.inputs[0], op.outputs[0]
-    layout = f.layout(x, rank=f.rank(y))
+    layout = f.layout(x, rank=f.rank(x))
     f.write(y, f.read(x, layout), layout)
 
 
@@ -21,7 +21,7 @@ def _(f: Forward, op: Operator) -> None:
     if f.known(x) is not None:
         f.same(y, x)
         return
-    layout = f.layout(x, rank=f.rank(y))
+    layout = f.layout(x, rank=f.rank(x))
     value = f.read(x, layout)
     f.write(y, value if y not in f.graph.outputs else f.e.Identity(value), layout)
 
@@ -29,5 +29,5 @@ def _(f: Forward, op: Operator) -> None:
 @imports("FAKE_QUANT")
 def _(f: Forward, op: Operator) -> None:
     x, y = op.inputs[0], op.outputs[0]
-    layout = f.layout(x, rank=f.rank(y))
+    layout = f.layout(x, rank=f.rank(x))
     f.write(y, f.read(x, layout), layout)

@@ -30,7 +30,8 @@ def _(f: Forward, op: Operator) -> None:
         if keeps:
             f.write(y, mean, "first")
         else:
-            f.write(y, f.e.Reshape(mean, f.e.ints(*f.shape(y))))
+            shape = f.shape(x)
+            f.write(y, f.e.Reshape(mean, f.e.ints(shape[0], shape[-1])))
         return
     if not keeps and not is_spatial:
         layout = "last"

@@ -16,10 +16,10 @@ def _(f: Forward, op: Operator) -> None:
     aligned, halves = op.options["align_corners"], op.options["half_pixel_centers"]
     coordinates = "align_corners" if aligned else "half_pixel" if halves else "asymmetric"
     nearest = "round_prefer_ceil" if aligned or halves else "floor"
-    before, after = f.shape(x), f.shape(y)
-    scales = [1.0, 1.0, after[1] / before[1], after[2] / before[2]]
-    by_scale = all(a % b == 0 for a, b in zip(after[1:3], before[1:3], strict=True))
-    where = (f.e.const(scales), None) if by_scale else (None, f.e.ints(after[1], after[2]))
+    before, after = f.shape(x)[1:3], f.numbers(op.inputs[1], op)
+    by_scale = all(a % b == 0 for a, b in zip(after, before, strict=True))
+    scales = [1.0, 1.0, *(a / b for a, b in zip(after, before, strict=True))]
+    where = (f.e.const(scales), None) if by_scale else (None, f.e.ints(*after))
     value = f.e.Resize(
         f.read(x, "first"),
         None,

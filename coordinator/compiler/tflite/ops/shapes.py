@@ -7,8 +7,9 @@ from math import prod
 
 import numpy as np
 
-from coordinator.compiler.tflite.forward import Forward, to_first
+from coordinator.compiler.tflite.forward import Forward, Spread, to_first
 from coordinator.compiler.tflite.table import imports
+from edge_sdk.errors import CompileError
 from edge_sdk.tflitefile import Operator
 
 
@@ -16,7 +17,16 @@ from edge_sdk.tflitefile import Operator
 def _(f: Forward, op: Operator) -> None:
     x, y = op.inputs[0], op.outputs[0]
     f.share(x, y)
-    before, after = f.shape(x), f.shape(y)
+    if f.is_weight(x) and f.is_stored(x):
+        f.write(y, f.e.Reshape(f.weight(x), f.e.ints(*_target(f, op))))
+        return
+    before, after = f.shape(x), _target(f, op)
+    at = _batch_axis(f, op)
+    if at is not None and x not in f.spread:
+        value = f.e.Reshape(f.read(x), f.e.ints(*after[:at], -1, *after[at + 1 :]))
+        f.free.add(value)
+        f.write(y, value)
+        return
     layout = f.layout(x, rank=len(before))
     value = f.read(x, layout)
     if layout == "last" or prod(before[1:-1]) == 1 or before[-1] == 1:
@@ -25,6 +35,58 @@ def _(f: Forward, op: Operator) -> None:
         f.write(y, f.e.Reshape(value, f.e.ints(after[0], after[-1], *after[1:-1])), "first")
     else:
         f.write(y, f.e.Reshape(f.read(x), f.e.ints(*after)))
+
+
+def _target(f: Forward, op: Operator) -> tuple[int, ...]:
+    """Return the shape that an operator gives its input."""
+    x, y = op.inputs[0], op.outputs[0]
+    if x in f.spread:
+        return _unspread(f, x, y)
+    before = f.shape(x)
+    if op.op == "EXPAND_DIMS":
+        (axis,) = f.axes(op.inputs[1], op, len(before) + 1)
+        return (*before[:axis], 1, *before[axis:])
+    if op.op == "SQUEEZE":
+        given = [n % len(before) for n in op.options["squeeze_dims"]]
+        gone = given or [n for n, dim in enumerate(before) if dim == 1]
+        return tuple(dim for n, dim in enumerate(before) if n not in gone)
+    stored = f.known(op.inputs[1]) if len(op.inputs) > 1 else None
+    target = tuple(op.options.get("new_shape") or ()) if stored is None else stored.reshape(-1)
+    sizes = [int(n) for n in target] or list(f.tensor(y).shape)
+    if sizes.count(-1) == 1:
+        sizes[sizes.index(-1)] = prod(before) // max(-prod(sizes), 1)
+    return tuple(sizes)
+
+
+def _batch_axis(f: Forward, op: Operator) -> int | None:
+    """Return the dimension of a computed target that grows with the batch, if one does."""
+    if op.op != "RESHAPE" or len(op.inputs) < 2 or f.known(op.inputs[1]) is None:
+        return None
+    once, twice = f.known(op.inputs[1]), f.doubled(op.inputs[1])
+    grown = np.flatnonzero(once != twice)
+    return int(grown[0]) if len(grown) == 1 else None
+
+
+def _unspread(f: Forward, x: int, y: int) -> tuple[int, ...]:
+    """Return the shape that a tensor would have if its space were not kept in the batch."""
+    before, after = f.shape(x), f.tensor(y).shape
+    old, spread = f.tensor(x).shape, f.spread[x]
+    if len(before) == 3 and len(after) == 4 and 1 in after[1:3]:
+        at = 1 if after[1] == 1 and after[2] == old[1] else 2
+        new = list(before[1:2])
+        dilations, pads = list(spread.dilations), list(spread.pads)
+        for part, one in ((new, 1), (dilations, 1), (pads, (0, 0))):
+            part.insert(at - 1, one)  # type: ignore[attr-defined]
+        f.spread[y] = Spread(tuple(dilations), tuple(pads))
+        return (before[0], *new, before[3 - 1])
+    if len(before) == 4 and len(after) == 3 and 1 in before[1:3]:
+        at = 1 if before[1] == 1 else 2
+        f.spread[y] = Spread((1,), ((0, 0),))
+        return (before[0], before[3 - at], before[3])
+    raise CompileError(
+        f"expected a dilated convolution around {f.names[x]!r}, it is reshaped otherwise: convert "
+        "the model again"
+    )
 
 
 @imports("TRANSPOSE")
@@ -47,8 +109,12 @@ def _(f: Forward, op: Operator) -> None:
 
 @imports("SHAPE")
 def _(f: Forward, op: Operator) -> None:
-    y = op.outputs[0]
-    f.know(y, np.array(f.shape(op.inputs[0]), f.tensor(y).dtype))
+    x, y = op.inputs[0], op.outputs[0]
+    shape = np.array(f.shape(x), f.tensor(y).dtype)
+    twice = shape.copy()
+    if f.known(x) is None and len(shape) and shape[0] == f.batch:
+        twice[0] *= 2
+    f.know(y, shape, twice)
 
 
 @imports("RANK")
