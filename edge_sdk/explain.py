@@ -66,6 +66,7 @@ _LABELS = {
     "ram_peak": "peak RAM",
     "batch": "rows a step, at most",
     "micro_batch": "rows at a time",
+    "recomputed": "operators computed again",
     "unsized": "not in RAM: tensors of unknown size",
 }
 

@@ -3,7 +3,8 @@
 
 Every limit is compared with what the manifest's cost table says. Selections are tried from the
 widest: all, then the last k layers, biases, the last layer. Costs hardly ever fall as a selection
-widens, so the last k are searched by halving. Pure.
+widens, so the last k are searched by halving. Of the ways to go about a batch (at once, in slices,
+with activations computed twice) a selection takes the fastest that fits. Pure.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from edge_sdk import sizes
 from edge_sdk.errors import CompileError, ConfigError
 
 Cost = Mapping[str, Any]
-Price = Callable[[str], Cost]
 
 MOST_ROWS, LEAST_ROWS = 32, 4
 """Rows of a step, where the caller names none: what devices take unless told, and below which a
@@ -23,13 +23,23 @@ gradient is mostly noise."""
 
 
 class Way(NamedTuple):
-    """How a step goes about its batch. `rows`: so many at a time, None for all at once."""
+    """How a step goes about its batch.
+
+    `rows`: so many at a time, None for all at once; `again`: activations are computed twice where
+    that saves memory.
+    """
 
     rows: int | None = None
+    again: bool = False
 
 
+Price = Callable[[str, Way], Cost]
 AT_ONCE = Way()
 """The whole batch, everything kept."""
+
+_SLICES = (16, 8, 4, 2, 1)
+_WORTH_SLICING = 4
+"""Rows at a time from which on slices cost less time than computing activations twice."""
 
 
 class Budget(NamedTuple):
@@ -47,10 +57,11 @@ class Budget(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """What to train, and on how many rows a step; `rows` is None when memory is no matter."""
+    """What to train, on how many rows a step, and how; `rows` is None when memory is no matter."""
 
     train: str
     rows: int | None
+    way: Way = AT_ONCE
 
 
 def budget(
@@ -69,51 +80,100 @@ def budget(
     return Budget(ram, update, None if max_flops is None else int(max_flops), batch)
 
 
+def ways(rows: int | None, again: bool | None, batch: int | None = None) -> list[Way]:
+    """Return the ways to choose from, the fastest first, which takes the most memory.
+
+    Args:
+        rows: at a time, where the caller says so.
+        again: whether activations are computed twice, where the caller says so.
+        batch: rows of a step, by default `MOST_ROWS`.
+    """
+    slices = [n for n in _SLICES if n < (batch or MOST_ROWS)]
+    counts = [None, *slices] if rows is None else [rows]
+    found = [Way(n, twice) for n in counts for twice in (False, True) if again in {None, twice}]
+    if again is not None or rows is not None:
+        return found
+    return [w for w in found if not w.again or (w.rows or MOST_ROWS) <= _WORTH_SLICING]
+
+
 def fitting_rows(cost: Cost, limits: Budget) -> int | None:
     """Return the most rows a step within the limits, None when not even the least fit."""
     wanted = [limits.batch] if limits.batch else _choices(cost)
     for n in wanted:
-        if all(need <= most for _, need, most in _needs(cost, limits, n)):
+        if _fits(cost, limits, n):
             return n
     return None
 
 
-def choose(selections: Sequence[str], price: Price, limits: Budget) -> Choice:
+def choose(
+    selections: Sequence[str], price: Price, limits: Budget, told: Sequence[Way] = (AT_ONCE,)
+) -> Choice:
     """Return the first of `selections`, widest first, that keeps within the limits.
+
+    It goes about its batch in the first of the ways `told` that lets it: the fastest.
 
     Raises: CompileError naming the nearest limits that would do.
     """
-    priced: dict[str, Cost] = {}
-
-    def fitting(train: str) -> int | None:
-        if train not in priced:
-            priced[train] = price(train)
-        return fitting_rows(priced[train], limits)
-
-    found = fitting(selections[0])
-    if found:
-        return _chosen(selections[0], found, limits)
-    layered = [s for s in selections[1:] if s.startswith("last:") and s != "last:1"]
-    low, high = 0, len(layered)
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fitting(layered[middle]) else (middle + 1, high)
-    rest = [s for s in selections[1:] if s not in layered]
-    for train in (*layered[low:][:1], *rest):
-        found = fitting(train)
-        if found:
-            return _chosen(train, found, limits)
-    raise CompileError(refusal(priced, limits))
+    return _Search(price, limits, told).run(selections)
 
 
-def refusal(priced: Mapping[str, Cost], limits: Budget) -> str:
+class _Search:
+    """Prices that were asked for already."""
+
+    def __init__(self, price: Price, limits: Budget, told: Sequence[Way]) -> None:
+        self._price, self._limits, self._ways = price, limits, told
+        self._priced: dict[tuple[str, Way], Cost] = {}
+
+    def run(self, selections: Sequence[str]) -> Choice:
+        if found := self._chosen(selections[0]):
+            return found
+        layered = [s for s in selections[1:] if s.startswith("last:") and s != "last:1"]
+        low, high = 0, len(layered)
+        while low < high:
+            middle = (low + high) // 2
+            fits = self._tightest(layered[middle]) is not None
+            low, high = (low, middle) if fits else (middle + 1, high)
+        rest = [s for s in selections[1:] if s not in layered]
+        for train in (*layered[low:][:1], *rest):
+            if found := self._chosen(train):
+                return found
+        raise CompileError(refusal(self._priced, self._limits))
+
+    def _tightest(self, train: str) -> int | None:
+        """Return the most rows a step on which a selection fits in any way.
+
+        Those that take least are the last two, or the first for a model so small that the nodes of
+        a loop are more than what it saves.
+        """
+        tried = dict.fromkeys((*self._ways[-2:], self._ways[0]))
+        return max(
+            (n for way in tried if (n := fitting_rows(self._cost(train, way), self._limits))),
+            default=None,
+        )
+
+    def _chosen(self, train: str) -> Choice | None:
+        rows = self._tightest(train)
+        if rows is None:
+            return None
+        is_open = self._limits.ram is None
+        way = next(w for w in self._ways if _fits(self._cost(train, w), self._limits, rows))
+        return Choice(train, None if is_open else rows, way)
+
+    def _cost(self, train: str, way: Way) -> Cost:
+        if (train, way) not in self._priced:
+            self._priced[train, way] = self._price(train, way)
+        return self._priced[train, way]
+
+
+def refusal(priced: Mapping[tuple[str, Way], Cost], limits: Budget) -> str:
     """Say in one line which limits of those priced are nearest to being enough."""
 
-    def overshoot(train: str) -> float:
-        needs = _needs(priced[train], limits, _least(priced[train], limits))
+    def overshoot(asked: tuple[str, Way]) -> float:
+        needs = _needs(priced[asked], limits, _least(priced[asked], limits))
         return max(need / most for _, need, most in needs)
 
     nearest = min(priced, key=overshoot)
+    train, way = nearest
     least = _least(priced[nearest], limits)
     needs = _needs(priced[nearest], limits, least)
     given = ", ".join(f"{name} {_spelled(name, most)}" for name, _, most in needs)
@@ -121,13 +181,16 @@ def refusal(priced: Mapping[str, Cost], limits: Budget) -> str:
         f"{name}={_spelled(name, max(need, most))}" for name, need, most in needs if need > most
     )
     rows = f" at batch {least}" if limits.ram is not None else ""
+    how = "" if way.rows is None else f", micro_batch={way.rows}"
+    how += ", recompute=True" if way.again else ""
     return (
-        f"expected training within {given}; the nearest is train={nearest!r}{rows}: give {enough}"
+        f"expected training within {given}; the nearest is train={train!r}{rows}{how}: "
+        f"give {enough}"
     )
 
 
-def _chosen(train: str, found: int, limits: Budget) -> Choice:
-    return Choice(train, None if limits.ram is None else found)
+def _fits(cost: Cost, limits: Budget, rows: int) -> bool:
+    return all(need <= most for _, need, most in _needs(cost, limits, rows))
 
 
 def _least(cost: Cost, limits: Budget) -> int:

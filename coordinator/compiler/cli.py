@@ -43,6 +43,7 @@ def build_main(argv: Sequence[str]) -> int:
         max_flops=args.max_flops,
         batch=args.batch,
         micro_batch=args.micro_batch,
+        recompute=args.recompute,
     )
     bundle.save(args.output)
     if args.json:
@@ -105,6 +106,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-flops", type=float, metavar="N", help="operations to train on one example")
     add("--batch", type=int, metavar="N", help="rows of a step that must fit in --max-ram")
     add("--micro-batch", type=int, metavar="M", help="sum a step's gradients up, M rows at a time")
+    add(
+        "--recompute",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="compute activations twice where that saves memory (default: where --max-ram demands)",
+    )
     add(
         "--ranges",
         choices=["fixed", "learned"],

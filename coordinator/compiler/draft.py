@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx
 
+from coordinator.compiler import shared
 from coordinator.compiler.budget import AT_ONCE, MOST_ROWS, Cost, Way
 from coordinator.compiler.choose import select
 from coordinator.compiler.explain import cost
@@ -21,6 +22,7 @@ from coordinator.compiler.optim import Optimizer, Slot
 from coordinator.compiler.passes import drop_unused
 from coordinator.compiler.predict import predict_model
 from coordinator.compiler.ranges import ROLE, learn_ranges
+from coordinator.compiler.recompute import arranged, copied
 from coordinator.compiler.train import evaluate_graph, open_weights, train_graph
 from coordinator.compiler.weights import Weight, find_weights
 from coordinator.compiler.writeback import Source, predict_file
@@ -76,7 +78,8 @@ class Draft(NamedTuple):
         table = dict(self.cost)
         if rows is not None:
             table |= {"batch": rows, "ram_peak": RUNTIME_BYTES + table["ram_train"][str(rows)]}
-        return pack(self.manifest | {**called, "cost": table}, self.members)
+        spans = shared.spans(self.members, [p["shape"] for p in self.manifest["params"]])
+        return pack(self.manifest | {**called, "cost": table}, self.members, spans)
 
 
 def draft(task: Task, train: str | Sequence[str], way: Way = AT_ONCE) -> Draft:
@@ -97,6 +100,7 @@ def draft(task: Task, train: str | Sequence[str], way: Way = AT_ONCE) -> Draft:
         is_proximal=task.is_proximal,
         rows=way.rows,
     )
+    step = arranged(step, task.batch or MOST_ROWS, again=way.again)
     measure = evaluate_graph(opened, task.loss, target=target)
     predict, patches = predict_model(task.proto, task.forward, weights)
     graphs, rewritten = {"onnx": _GRAPHS}, {"onnx": patches}
@@ -114,6 +118,7 @@ def draft(task: Task, train: str | Sequence[str], way: Way = AT_ONCE) -> Draft:
     total += sum(w.value.size for w in weights if w.role == ROLE)
     table = cost(task.forward, step, weights, total)
     table |= {} if way.rows is None else {"micro_batch": way.rows}
+    table |= {"recomputed": twice} if (twice := copied(step)) else {}
     manifest = {
         "format": FORMAT,
         "source": "onnx" if task.source is None else "tflite",
@@ -157,7 +162,7 @@ def _ram(
 ) -> dict[str, Any]:
     """Return what the cost table says of memory: bytes added, by rows, and a process's peak."""
     held = Held(
-        members=sum(map(len, members.values())),
+        members=shared.stored_bytes(members, [w.value.shape for w in weights]),
         params=sum(4 * w.value.size for w in weights),
         slots=sum(4 * int(np.prod(s.shape, dtype=np.int64)) for s in slots),
         example=sum(map(_row_bytes, step.inputs[:2])),

@@ -135,7 +135,7 @@ def _followed(graph: Graph, sized: Graph, batch: int, *, keeps_outputs: bool = F
     ready = _ordered(_blocked(joined, sized, constant))
     read = {name for node in ready for name in node.inputs}
     known = {name: array.nbytes for name, array in sized.initializers.items()}
-    folded = {name: _bytes(sized, name) for name in constant - known.keys() if name}
+    folded = {name: bytes_of(sized, name) for name in constant - known.keys() if name}
     kept = sum(size for name, size in (known | folded).items() if name in read)
     made = [name for node in running for name in node.outputs if name]
     outside = constant | {v.name for v in sized.inputs}
@@ -174,7 +174,7 @@ def _turn(body: Body, batch: int) -> _Turn:
         for g in (body.graph, sized)
     ]
     plan = _followed(sliced[0], sliced[1], rows, keeps_outputs=True)
-    sums = {v.name: _bytes(sized, v.name) for v in body.graph.outputs}
+    sums = {v.name: bytes_of(sized, v.name) for v in body.graph.outputs}
     return _Turn(plan, min(-(-batch // body.rows), _TURNS), sums)
 
 
@@ -339,7 +339,7 @@ def _events(
             place[name] = name if over is None else over
             if over is None:
                 taken.append(name)
-                yield Event(name, _bytes(sized, name))
+                yield Event(name, bytes_of(sized, name))
             elif over not in outside:
                 left[over] += left[name]
         scratch = _columns(node, sized)
@@ -396,7 +396,7 @@ def _is_open(graph: Graph, name: str) -> bool:
     return shape is None or None in shape
 
 
-def _bytes(graph: Graph, name: str) -> int:
+def bytes_of(graph: Graph, name: str) -> int:
     """Return a tensor's size, in whole blocks of channels where it is packed; 0 if unknown."""
     plain = name.removesuffix(_PACKED)
     if _is_open(graph, plain):

@@ -13,7 +13,7 @@ from pathlib import Path
 import onnx
 
 from coordinator.compiler.batch import free_batch
-from coordinator.compiler.budget import Cost, Way, budget, choose
+from coordinator.compiler.budget import Cost, Way, budget, choose, ways
 from coordinator.compiler.choose import selections
 from coordinator.compiler.draft import Draft, Task, draft
 from coordinator.compiler.graph import Graph, Value
@@ -50,6 +50,7 @@ def build(
     max_flops: float | None = None,
     batch: int | None = None,
     micro_batch: int | None = None,
+    recompute: bool | None = None,
 ) -> Bundle:
     """Compile a float32 or int8 model, ONNX or TFLite, into a bundle that trains on stock runtimes.
 
@@ -76,7 +77,11 @@ def build(
         batch: rows of a step that have to fit in `max_ram`; by default the most that do, of 4 to
             32. With `max_ram` devices train on no more rows a step than that.
         micro_batch: compute a step's gradient from so many rows at a time and sum them up: the same
-            step for any batch, in the memory of a small one.
+            step for any batch, in the memory of a small one. By default all rows at once, or as
+            few at a time as `max_ram` demands.
+        recompute: compute activations again for the backward pass instead of keeping them, where
+            that saves memory: the same step, about a quarter slower. By default only where
+            `max_ram` demands it.
 
     Returns: the same bytes for the same arguments.
     Raises: CompileError that names the node or weight in the way, or the nearest limits that would
@@ -96,18 +101,19 @@ def build(
     learns = ranges == "learned"
     task = Task(proto, forward, logits, rule, optimizer, proximal, batch, learns, source)
     called = {"name": name or _name(model, proto)}
-    way = Way(_micro(micro_batch))
+    way = Way(_micro(micro_batch), bool(recompute))
     if limits.is_open:
         return draft(task, "all" if train is None else train, way).packed(called)
     options = _options(task, train)
-    drafts: dict[str, Draft] = {}
+    drafts: dict[tuple[str, Way], Draft] = {}
 
-    def price(spelled: str) -> Cost:
-        drafts[spelled] = draft(task, options[spelled], way)
-        return drafts[spelled].cost
+    def price(spelled: str, way: Way) -> Cost:
+        drafts[spelled, way] = draft(task, options[spelled], way)
+        return drafts[spelled, way].cost
 
-    chosen = choose(list(options), price, limits)
-    return drafts[chosen.train].packed(called, rows=chosen.rows)
+    told = [way] if limits.ram is None else ways(micro_batch, recompute, batch)
+    chosen = choose(list(options), price, limits, told)
+    return drafts[chosen.train, chosen.way].packed(called, rows=chosen.rows)
 
 
 def export(bundle: Bundle, params: Params) -> bytes:

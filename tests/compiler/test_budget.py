@@ -16,7 +16,16 @@ from forward_models import blobs, cnn, quantized
 
 from coordinator.bench import memory, recipes
 from coordinator.compiler import build, momentum
-from coordinator.compiler.budget import Budget, Choice, budget, choose, fitting_rows
+from coordinator.compiler.budget import (
+    AT_ONCE,
+    Budget,
+    Choice,
+    Way,
+    budget,
+    choose,
+    fitting_rows,
+    ways,
+)
 from coordinator.compiler.choose import selections
 from coordinator.compiler.cli import build_main
 from coordinator.compiler.graph import Graph
@@ -45,6 +54,10 @@ TABLE = {
 }
 
 
+def of_table(train: str, _: Way) -> dict[str, Any]:
+    return TABLE[train]
+
+
 @pytest.mark.parametrize(
     ("limits", "expected"),
     [
@@ -68,15 +81,65 @@ def test_the_widest_that_fits_is_chosen_with_the_most_rows(
 ) -> None:
     if expected is None:
         with pytest.raises(CompileError, match="the nearest is"):
-            choose(WIDTHS, TABLE.__getitem__, limits)
+            choose(WIDTHS, of_table, limits)
     else:
-        assert choose(WIDTHS, TABLE.__getitem__, limits) == expected
+        assert choose(WIDTHS, of_table, limits) == expected
+
+
+# --- ways to go about a batch -------------------------------------------------------------------
+def sliced(train: str, way: Way) -> dict[str, Any]:
+    """Say what a step takes whose activations are halved by computing them twice."""
+    whole = {"all": 1000, "last:1": 100}[train]
+    at_once = way.rows or 64
+    told = {
+        str(n): whole + 100 * min(n, at_once) // (1 + way.again) + n
+        for n in (1, 2, 4, 8, 16, 32, 64)
+    }
+    return {"ram_train": told, "bytes_update": 100, "flops_step": 1000 + 300 * way.again}
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        (Budget(ram=5000), Choice("all", 32, AT_ONCE)),
+        (Budget(ram=4000), Choice("all", 32, Way(16))),
+        (Budget(ram=1500), Choice("all", 32, Way(4))),
+        (Budget(ram=1250), Choice("all", 32, Way(4, again=True))),
+        (Budget(ram=1250, flops=1200), Choice("all", 32, Way(2))),
+        (Budget(ram=1150), Choice("all", 32, Way(2, again=True))),
+        (Budget(ram=1085), Choice("all", 32, Way(1, again=True))),
+        (Budget(ram=1060), Choice("all", 8, Way(1, again=True))),
+        (Budget(ram=5000, batch=64), Choice("all", 64, Way(16))),
+        (Budget(ram=1000), Choice("last:1", 32, Way(8))),
+        (Budget(flops=1200), Choice("all", None, AT_ONCE)),
+    ],
+)
+def test_the_widest_selection_takes_the_fastest_way_that_fits(
+    limits: Budget, expected: Choice
+) -> None:
+    told = ways(None, None, limits.batch) if limits.ram else [AT_ONCE]
+    assert choose(["all", "last:1"], sliced, limits, told) == expected
+
+
+def test_a_refusal_names_the_way_that_comes_nearest() -> None:
+    said = "at batch 4, micro_batch=1, recompute=True: give max_ram='154B'"
+    with pytest.raises(CompileError, match=said):
+        choose(["all", "last:1"], sliced, Budget(ram=120), ways(None, None))
+
+
+def test_the_caller_may_leave_less_to_choose() -> None:
+    assert ways(4, None) == [Way(4), Way(4, again=True)]
+    assert ways(4, again=False) == [Way(4)]
+    assert ways(None, again=False) == [Way(n) for n in (None, 16, 8, 4, 2, 1)]
+    assert all(way.again for way in ways(None, again=True))
+    assert ways(None, None)[:5] == [AT_ONCE, Way(16), Way(8), Way(4), Way(4, again=True)]
+    assert {way.rows for way in ways(None, None, 4)} == {None, 2, 1}
 
 
 def test_a_wide_model_is_not_compiled_for_every_depth() -> None:
     asked: list[str] = []
 
-    def price(train: str) -> dict[str, Any]:
+    def price(train: str, _: Way) -> dict[str, Any]:
         asked.append(train)
         k = int(train.removeprefix("last:")) if train.startswith("last") else 100
         return cost(100 * k)
@@ -99,7 +162,7 @@ def test_a_wide_model_is_not_compiled_for_every_depth() -> None:
 )  # fmt: skip
 def test_a_refusal_names_the_nearest_limits_that_would_do(limits: Budget, said: str) -> None:
     with pytest.raises(CompileError) as refused:
-        choose(WIDTHS, TABLE.__getitem__, limits)
+        choose(WIDTHS, of_table, limits)
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -215,11 +278,12 @@ def test_a_prediction_holds_for_an_int8_model(train: str) -> None:
 
 def test_a_build_within_a_budget_keeps_it_when_it_runs() -> None:
     proto = recipes.model("resnet8")
-    limit = 40 << 20
+    limit = 32 << 20
     bundle = build(
         proto, loss="cross_entropy", optimizer=momentum(0.9, lr=0.01), max_ram=limit, batch=16
     )
-    assert bundle.manifest["train"] != "all"  # which takes more
+    assert (bundle.manifest["train"], bundle.manifest["cost"]["batch"]) == ("all", 16)
+    assert bundle.manifest["cost"]["micro_batch"] < 16  # as the whole batch takes more
     runtime, peak = memory.grown(bundle, 16)
     assert peak - runtime <= 1.05 * limit
     assert np.isfinite(Trainer(bundle).step(*recipes.examples(bundle, 4)))

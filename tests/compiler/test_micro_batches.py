@@ -114,7 +114,7 @@ def test_the_manifest_says_so_and_counts_what_runs_inside() -> None:
     assert "micro_batch" not in whole.manifest["cost"]
     assert cost["train_operators"]["Loop"] == 1
     assert cost["train_operators"]["Conv"] == whole.manifest["cost"]["train_operators"]["Conv"]
-    assert cost["flops_step"] == pytest.approx(whole.manifest["cost"]["flops_step"], rel=0.02)
+    assert cost["flops_step"] == pytest.approx(whole.manifest["cost"]["flops_step"], rel=0.1)
     assert "rows at a time" in str(sliced.explain())
     assert cost["ram_train"]["64"] < whole.manifest["cost"]["ram_train"]["64"]
 
