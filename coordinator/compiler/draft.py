@@ -17,6 +17,7 @@ from coordinator.compiler.choose import select
 from coordinator.compiler.explain import cost
 from coordinator.compiler.graph import Graph, Value
 from coordinator.compiler.losses import Loss, classes_of
+from coordinator.compiler.lowered import lowered, lowered_predict
 from coordinator.compiler.memory import RUNTIME_BYTES, Held, by_batch, unsized
 from coordinator.compiler.optim import Optimizer, Slot
 from coordinator.compiler.passes import drop_unused
@@ -30,7 +31,11 @@ from edge_sdk.bundle import Bundle, pack
 from edge_sdk.errors import CompileError
 from edge_sdk.manifest import FORMAT
 
-_GRAPHS = {role: f"onnx/{role}.onnx" for role in ("predict", "train", "evaluate")}
+_MEMBERS = {
+    form: {role: f"{form}/{role}.{form}" for role in ("predict", "train", "evaluate")}
+    for form in ("onnx", "tflite")
+}
+"""Names in the archive, by format and role."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class Task:
         batch: rows of a step that the cost table must tell of, besides its usual ones.
         learns_ranges: train the steps of int8 activations, too.
         source: the .tflite file that the model came from.
+        formats: what to write graphs in, "onnx" and "tflite".
     """
 
     proto: onnx.ModelProto
@@ -54,6 +60,7 @@ class Task:
     batch: int | None = None
     learns_ranges: bool = False
     source: Source | None = None
+    formats: tuple[str, ...] = ("onnx",)
 
     @property
     def reached(self) -> Graph:
@@ -103,17 +110,23 @@ def draft(task: Task, train: str | Sequence[str], way: Way = AT_ONCE) -> Draft:
     step = arranged(step, task.batch or MOST_ROWS, again=way.again)
     measure = evaluate_graph(opened, task.loss, target=target)
     predict, patches = predict_model(task.proto, task.forward, weights)
-    graphs, rewritten = {"onnx": _GRAPHS}, {"onnx": patches}
-    members = {
-        "params.bin": b"".join(w.value.astype("<f4").tobytes() for w in weights),
-        _GRAPHS["predict"]: predict,
-        _GRAPHS["train"]: _written(step),
-        _GRAPHS["evaluate"]: _written(measure),
-    }
+    files: dict[str, dict[str, bytes]] = {"onnx": {"predict": predict}}
+    rewritten = {"onnx": patches}
+    if "onnx" in task.formats:
+        files["onnx"] |= {"train": _written(step), "evaluate": _written(measure)}
     if task.source is not None:
         file, rewritten["tflite"] = predict_file(task.source, given, task.forward, weights)
-        graphs["tflite"] = {"predict": "tflite/predict.tflite"}
-        members[graphs["tflite"]["predict"]] = file
+        files["tflite"] = {"predict": file}
+    elif "tflite" in task.formats:
+        file, rewritten["tflite"] = lowered_predict(task.forward, weights)
+        files["tflite"] = {"predict": file}
+    if "tflite" in task.formats:
+        files["tflite"] |= lowered(
+            opened, task.loss, task.optimizer, target=target, is_proximal=task.is_proximal
+        )
+    graphs = {form: {role: _MEMBERS[form][role] for role in held} for form, held in files.items()}
+    members = {"params.bin": b"".join(w.value.astype("<f4").tobytes() for w in weights)}
+    members |= {_MEMBERS[form][role]: data for form in files for role, data in files[form].items()}
     total = sum(w.value.size for w in find_weights(task.forward))
     total += sum(w.value.size for w in weights if w.role == ROLE)
     table = cost(task.forward, step, weights, total)

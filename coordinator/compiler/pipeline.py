@@ -68,7 +68,8 @@ def build(
         ranges: "learned" trains the ranges of an int8 model's activations with its weights, so that
             they follow what training changes (docs/explain/int8.md); "fixed" keeps the model's.
         name: of the bundle; by default the file's or the graph's.
-        engines: formats to write graphs for; "onnx" is the one there is.
+        engines: formats to write training graphs in: "onnx" for onnxruntime, "tflite" for LiteRT
+            and tflite-runtime, or both.
         max_ram: what training may add to a process with numpy and onnxruntime loaded, "24MiB" or
             bytes, as predicted (docs/explain/memory.md).
         max_bytes_per_update: what a round may send, "8KiB" or bytes, as estimated for the default
@@ -99,7 +100,8 @@ def build(
         source = source.widened(old, new, headroom) if source else None
         forward, logits = _forward(proto, rule)
     learns = ranges == "learned"
-    task = Task(proto, forward, logits, rule, optimizer, proximal, batch, learns, source)
+    formats = tuple(engines)
+    task = Task(proto, forward, logits, rule, optimizer, proximal, batch, learns, source, formats)
     called = {"name": name or _name(model, proto)}
     way = Way(_micro(micro_batch), bool(recompute))
     if limits.is_open:
@@ -137,9 +139,10 @@ def _check(optimizer: Optimizer, engines: Sequence[str], ranges: str) -> None:
             f"expected an optimizer with a learning rate, got {optimizer.spec}: "
             "write chain(clip(1.0), sgd(lr=0.05))"
         )
-    if tuple(engines) != ("onnx",):
+    if isinstance(engines, str) or not engines or set(engines) - {"onnx", "tflite"}:
         raise CompileError(
-            f"expected engines=('onnx',), got {tuple(engines)!r}: no other is written yet"
+            f"expected engines out of 'onnx' and 'tflite', got {engines!r}: "
+            "write engines=('onnx', 'tflite') for both"
         )
 
 

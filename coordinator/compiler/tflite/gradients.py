@@ -94,5 +94,3 @@ TFLITE_RULES: dict[str, SeveralRule] = {
     "MaxPool": single(_max),
 }
 """Gradient rules for graphs that become `.tflite` files."""
-
-

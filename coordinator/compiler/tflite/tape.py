@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -28,8 +28,20 @@ def is_free(size: int) -> bool:
     return size != 0 and size % BATCH == 0
 
 
+class Origin(NamedTuple):
+    """The weight that a constant holds: transposed by `order` it has `shape`."""
+
+    source: str
+    order: Dims
+    shape: Dims
+
+
 class Tape:
-    """Tensors and operators so far; tensors are called by their place, an int."""
+    """Tensors and operators so far; tensors are called by their place, an int.
+
+    Attributes:
+        origins: the constants that hold weights which training changes.
+    """
 
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
@@ -37,6 +49,7 @@ class Tape:
         self._operators: list[Operator] = []
         self._constants: dict[Any, int] = {}
         self._made: dict[Any, int] = {}
+        self.origins: dict[int, Origin] = {}
 
     # -- tensors ----------------------------------------------------------------------------
 
@@ -72,6 +85,23 @@ class Tape:
         """Return a tensor's shape."""
         return self.shapes[tensor]
 
+    def weight(
+        self,
+        source: str,
+        array: NDArray[Any],
+        order: Dims,
+        quantization: Quantization | None = None,
+    ) -> int:
+        """Return the constant that holds a weight, transposed by `order`: no other shares it."""
+        key = (source, order, quantization)
+        if key not in self._constants:
+            turned = np.ascontiguousarray(array.transpose(order))
+            name = f"weight.{len(self.origins)}"
+            made = Tensor(name, str(array.dtype), turned.shape, turned, quantization)
+            self._constants[key] = self._append(made, turned.shape)
+            self.origins[self._constants[key]] = Origin(source, order, turned.shape)
+        return self._constants[key]
+
     # -- operators --------------------------------------------------------------------------
 
     def add(
@@ -93,7 +123,7 @@ class Tape:
         if key not in self._made:
             out = self._tensor(f"{op.lower()}.{len(self._operators)}", dtype, tuple(shape))
             if quantization is not None:
-                self._quantize(out, quantization)
+                self.quantize(out, quantization)
             self._operators.append(Operator(op, tuple(inputs), (out,), options))
             self._made[key] = out
         return self._made[key]
@@ -143,9 +173,7 @@ class Tape:
         data = self.data(x)
         if data is not None:
             return self.const(data, dtype)
-        return self.add(
-            "CAST", [x], self.shape(x), dtype, from_type=self.dtype(x), to_type=dtype
-        )
+        return self.add("CAST", [x], self.shape(x), dtype, from_type=self.dtype(x), to_type=dtype)
 
     def reshape(self, x: int, shape: Sequence[int]) -> int:
         """Record a RESHAPE; one size that depends on the batch is found at run time."""
@@ -153,20 +181,32 @@ class Tape:
         if shape == self.shape(x):
             return x
         data = self.data(x)
+        if data is not None and x in self.origins:
+            return self._reshaped(x, data, shape)
         if data is not None:
             return self.const(data.reshape(shape), data.dtype, self.tensors[x].quantization)
         free = [i for i, size in enumerate(shape) if is_free(size)]
         if len(free) > 1:
             raise CompileError(f"expected one free dimension in a shape, got {len(free)}")
         target = [-1 if i in free else size for i, size in enumerate(shape)]
-        made = self.add(
+        return self.add(
             "RESHAPE",
             [x, self.ints(*target)],
             shape,
             quantization=self.tensors[x].quantization,
             new_shape=tuple(target),
         )
-        return made
+
+    def _reshaped(self, x: int, data: NDArray[Any], shape: Dims) -> int:
+        """Store a weight in another shape: its bytes are the same."""
+        key = ("reshaped", x, shape)
+        if key not in self._constants:
+            old = self.tensors[x]
+            name = f"weight.{len(self.origins)}"
+            made = Tensor(name, old.dtype, shape, data.reshape(shape), old.quantization)
+            self._constants[key] = self._append(made, shape)
+            self.origins[self._constants[key]] = self.origins[x]
+        return self._constants[key]
 
     def transpose(self, x: int, perm: Sequence[int]) -> int:
         """Record a TRANSPOSE, a RESHAPE where only dimensions of size 1 move."""
@@ -175,7 +215,7 @@ class Tape:
             return x
         shape = tuple(self.shape(x)[p] for p in perm)
         data = self.data(x)
-        if data is not None:
+        if data is not None and x not in self.origins:
             return self.const(data.transpose(perm), data.dtype)
         moving = [p for p in perm if self.shape(x)[p] != 1]
         if moving == sorted(moving):
@@ -317,7 +357,8 @@ class Tape:
         self.shapes.append(tuple(shape))
         return len(self.tensors) - 1
 
-    def _quantize(self, tensor: int, quantization: Quantization) -> None:
+    def quantize(self, tensor: int, quantization: Quantization) -> None:
+        """Give a tensor of integers its scale."""
         old = self.tensors[tensor]
         self.tensors[tensor] = Tensor(old.name, old.dtype, old.shape, old.data, quantization)
 

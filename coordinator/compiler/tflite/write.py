@@ -214,11 +214,16 @@ INT8_VERSIONS = {
 
 @dataclass(frozen=True)
 class Quantization:
-    """Scales and zero points: one, or one for each index of `axis`."""
+    """Scales and zero points: one, or one for each index of `axis`.
+
+    Attributes:
+        source: what the scale is called where training changes it; not written.
+    """
 
     scale: tuple[float, ...]
     zero_point: tuple[int, ...]
     axis: int = 0
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -260,7 +265,7 @@ class Model:
 
 def write(model: Model) -> bytes:
     """Return the file. Raises: CompileError for an operator or type that is not in the tables."""
-    b = flatbuffers.Builder(1 << 16)
+    b: Any = flatbuffers.Builder(1 << 16)
     buffers = [_buffer(b, None)]
     places = []
     for tensor in model.tensors:
@@ -282,7 +287,8 @@ def write(model: Model) -> bytes:
         ],
     )
     b.Finish(root, file_identifier=_IDENTIFIER)
-    return bytes(b.Output())
+    data: bytearray = b.Output()
+    return bytes(data)
 
 
 def _codes(model: Model) -> list[tuple[str, int]]:
@@ -418,7 +424,7 @@ def _buffer(b: Any, data: NDArray[Any] | None) -> int:
 
 def _table(b: Any, fields: Sequence[tuple[str, Any] | None]) -> int:
     """Write a table; a None field is absent, the others stand whatever their value."""
-    adders = {
+    adders: dict[str, Any] = {
         "i8": b.PrependInt8,
         "u8": b.PrependUint8,
         "bool": b.PrependBool,

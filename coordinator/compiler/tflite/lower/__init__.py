@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turns a graph of ONNX operators into a `.tflite` file of builtin ones; one file a family.
 
-No operator of TensorFlow's own (Flex) is used, so that stock runtimes run the result: ai-edge-litert
-and tflite-runtime 2.14. The batch is free: `resize_tensor_input` sets it.
+No operator of TensorFlow's own (Flex) is used, so that stock runtimes run the result:
+ai-edge-litert and tflite-runtime 2.14. The batch is free: `resize_tensor_input` sets it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from coordinator.compiler.graph import Graph
 from coordinator.compiler.tflite.lower import (
@@ -24,8 +27,8 @@ from coordinator.compiler.tflite.lower.forms import Lowering
 from coordinator.compiler.tflite.lower.table import LOWERS, refused
 
 __all__ = [
-    "LOWERS", "activations", "conv", "elementwise", "folded", "index", "linear", "lower", "pool",
-    "quantized", "reduce", "shapes",
+    "LOWERS", "Kept", "activations", "conv", "elementwise", "folded", "index", "linear", "lower",
+    "lower_traced", "pool", "quantized", "reduce", "shapes",
 ]  # fmt: skip
 
 
@@ -41,7 +44,25 @@ def lower(graph: Graph, signature: str = "serving_default") -> bytes:
 
     Raises: CompileError naming the node that has no form in builtin operators, and the reason.
     """
-    low = Lowering(graph)
+    return lower_traced(graph, (), signature)[0]
+
+
+class Kept(NamedTuple):
+    """Where a file keeps what training changes: by its name in the graph, the tensor's name.
+
+    `order` says how a weight was transposed; None: it is a scale, the tensor's own.
+    """
+
+    source: str
+    tensor: str
+    order: tuple[int, ...] | None
+
+
+def lower_traced(
+    graph: Graph, traced: Iterable[str], signature: str = "serving_default"
+) -> tuple[bytes, list[Kept]]:
+    """Return the file, and where in it each of the `traced` initializers is kept."""
+    low = Lowering(graph, traced)
     inputs = [low.feed(value) for value in graph.inputs]
     for node in graph.nodes:
         if id(node) in low.done or folded.fold(low, node):
@@ -50,4 +71,9 @@ def lower(graph: Graph, signature: str = "serving_default") -> bytes:
             raise refused(node, "has no lowering")
         LOWERS[node.kind](low, node)
     outputs = [low.deliver(value) for value in graph.outputs]
-    return low.tape.write(inputs, outputs, signature)
+    data = low.tape.write(inputs, outputs, signature)
+    names = low.tape.tensors
+    found = [Kept(o.source, names[i].name, o.order) for i, o in low.tape.origins.items()]
+    scaled = [(t.quantization, t.name) for t in names]
+    found += [Kept(q.source, name, None) for q, name in scaled if q is not None and q.source]
+    return data, found

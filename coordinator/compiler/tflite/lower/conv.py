@@ -26,6 +26,7 @@ from coordinator.compiler.tflite.lower.windows import (
     stuffed,
     window_of,
 )
+from coordinator.compiler.tflite.tape import is_free
 
 MANY = 24
 """Channels on both sides from which on columns pay."""
@@ -38,13 +39,14 @@ def _conv(low: Lowering, n: Node) -> None:
     if integer_conv(low, n, w):
         return
     bias = low.get(n.input(2)) if n.input(2) else -1
-    made = convolved(low, n, image(low, x), weights, bias, w)
+    made = _grouped(low, image(low, x), weights, bias, w)
     put_image(low, n.outputs[0], made, low.rank(x))
 
 
-def convolved(low: Lowering, n: Node, x: int, weights: str, bias: int, w: Window) -> int:
+def _grouped(low: Lowering, x: int, weights: str, bias: int, w: Window) -> int:
     """Record a convolution of any group."""
-    t, group = low.tape, n.attr("group", 1)
+    t = low.tape
+    group = t.shape(x)[3] // low.shape(weights)[1]
     filters, inner = low.shape(weights)[:2]
     channels = t.shape(x)[3]
     if group == 1:
@@ -80,9 +82,7 @@ def _conv_2d(low: Lowering, x: int, kernel: int, bias: int, w: Window) -> int:
     if bias < 0:
         bias = t.const(np.zeros(filters))
     shape = (t.shape(x)[0], *w.out, filters)
-    return t.add(
-        "CONV_2D", [x, kernel, bias], shape, padding=pad, activation="NONE", **geometry(w)
-    )
+    return t.add("CONV_2D", [x, kernel, bias], shape, padding=pad, activation="NONE", **geometry(w))
 
 
 def depthwise(low: Lowering, x: int, kernel: int, bias: int, w: Window) -> int:
@@ -91,15 +91,26 @@ def depthwise(low: Lowering, x: int, kernel: int, bias: int, w: Window) -> int:
     filters = t.shape(kernel)[3]
     multiplier = filters // t.shape(x)[3]
     x, pad = padding(low, x, w)
+    if bias < 0:
+        bias = _no_bias(low, kernel)
     return t.add(
         "DEPTHWISE_CONV_2D",
-        [x, kernel] if bias < 0 else [x, kernel, bias],
+        [x, kernel, bias],
         (t.shape(x)[0], *w.out, filters),
         padding=pad,
         activation="NONE",
         multiplier=multiplier,
         **geometry(w),
     )
+
+
+def _no_bias(low: Lowering, kernel: int) -> int:
+    """Return zeros, one per filter: runtimes differ in whether a bias may be absent."""
+    t, filters = low.tape, low.tape.shape(kernel)[3]
+    if not is_free(filters):
+        return t.const(np.zeros(filters))
+    first = t.slice(kernel, (0, 0, 0, 0), (1, 1, 1, filters))
+    return t.reshape(t.mul(first, t.const(0.0)), (filters,))
 
 
 _AXES = {"O": 0, "I": 1, "H": 2, "W": 3}
@@ -134,7 +145,7 @@ def _conv_transpose(low: Lowering, n: Node) -> None:
     kernel = low.shape(weights)[2:]
     size, out = tuple(d or 0 for d in shape[2:]), low.shape(x)[2:]
     w = _mirrored(n, kernel, size, out)
-    made = _spread(low, n, image(low, x), weights, w, low.shape(weights)[1] * group, group)
+    made = _spread(low, image(low, x), weights, w, low.shape(weights)[1] * group)
     if n.input(2):
         made = low.tape.plus(made, low.get(n.input(2)))
     put_image(low, n.outputs[0], made, rank)
@@ -158,8 +169,7 @@ def _mirrored(n: Node, kernel: object, size: object, out: object) -> Window:
 def _conv_input(low: Lowering, n: Node) -> None:
     """Take a gradient [N, K, *out] back to [N, C, *size]."""
     g, weights, x = n.inputs
-    w, group, channels = _own_window(n), n.attr("group", 1), low.shape(x)[1]
-    made = _spread(low, n, image(low, g), weights, w, channels, group)
+    made = _spread(low, image(low, g), weights, _own_window(n), low.shape(x)[1])
     put_image(low, n.outputs[0], made, low.rank(x))
 
 
@@ -169,13 +179,12 @@ def _own_window(n: Node) -> Window:
     return flat(Window(*(tuple(n.attr(name)) for name in Window._fields)))
 
 
-def _spread(
-    low: Lowering, n: Node, g: int, weights: str, w: Window, channels: int, group: int
-) -> int:
+def _spread(low: Lowering, g: int, weights: str, w: Window, channels: int) -> int:
     """Record the transposed convolution that takes [N, *out, K] to [N, *size, C]."""
     t, filters = low.tape, low.shape(weights)[0]
+    group = channels // low.shape(weights)[1]
     if group == 1:
-        return _spread_dense(low, n, g, weights, w, channels)
+        return _spread_dense(low, g, weights, w, channels)
     if group == channels:
         return _spread_depthwise(low, g, weights, w, channels)
     parts, outs = t.split(g, 3, group), filters // group
@@ -187,9 +196,7 @@ def _spread(
     return t.concat(made, 3)
 
 
-def _spread_dense(
-    low: Lowering, n: Node, g: int, weights: str, w: Window, channels: int
-) -> int:
+def _spread_dense(low: Lowering, g: int, weights: str, w: Window, channels: int) -> int:
     t, filters = low.tape, low.shape(weights)[0]
     if w.is_plain:
         kernel = t.reshape(_filter(low, weights, "OHWI"), (filters, channels))
@@ -202,7 +209,6 @@ def _spread_dense(
         kernel = t.reshape(turned, (w.taps * filters, channels))
         product = t.matmul(columns(low, g, back(w)), kernel)
         return t.reshape(product, (t.shape(g)[0], *w.size, channels))
-    del n
     return _undo(low, g, _flipped(low, _filter(low, weights, "IHWO")), w)
 
 
@@ -219,7 +225,7 @@ def _reversed(low: Lowering, x: int, axis: int) -> int:
     data = t.data(x)
     if t.shape(x)[axis] == 1:
         return x
-    if data is not None:
+    if data is not None and x not in t.origins:
         return t.const(np.flip(data, axis))
     return t.add("REVERSE_V2", [x, t.ints(axis)], t.shape(x))
 
@@ -259,7 +265,7 @@ def _spread_depthwise(low: Lowering, g: int, weights: str, w: Window, channels: 
     made = depthwise(low, g, kernel, bias, undo)
     if filters == channels:
         return made
-    many = t.reshape(made, (t.shape(made)[0], w.size[0] * w.size[1], channels, -1 * -filters // channels))
+    many = t.reshape(made, (t.shape(made)[0], w.size[0] * w.size[1], channels, filters // channels))
     summed = t.reduce("SUM", many, (3,), keep=False)
     return t.reshape(summed, (t.shape(made)[0], *w.size, channels))
 
@@ -330,5 +336,3 @@ def _filter_depthwise(low: Lowering, x: int, g: int, w: Window) -> int:
     found = depthwise(low, pictures, kernels, -1, swapped)
     split = t.reshape(found, (w.taps, batch, channels))
     return t.reshape(t.reduce("SUM", split, (1,), keep=False), (*w.kernel, channels))
-
-

@@ -69,13 +69,14 @@ def _complement(low: Lowering, n: Node) -> bool:
 @lowers(*_COMPARED)
 def _compared(low: Lowering, n: Node) -> None:
     tensors, order = low.together(n.inputs)
-    made = low.tape.binary(_COMPARED[n.kind], *_same_type(low, tensors), "bool")
+    a, b = _same_type(low, tensors)
+    made = low.tape.binary(_COMPARED[n.kind], a, b, "bool")
     low.put(n.outputs[0], made, order if low.tape.shape(made) else ())
 
 
 def _same_type(low: Lowering, tensors: list[int]) -> list[int]:
     types = {low.tape.dtype(t) for t in tensors}
-    if types == {"bool"} or len(types) == 1 and "bool" not in types:
+    if len(types) == 1:
         return tensors
     return [low.tape.cast(t, "int32") for t in tensors]
 
@@ -83,8 +84,8 @@ def _same_type(low: Lowering, tensors: list[int]) -> list[int]:
 @lowers("Xor")
 def _xor(low: Lowering, n: Node) -> None:
     tensors, order = low.together(n.inputs)
-    whole = [low.tape.cast(t, "int32") for t in tensors]
-    low.put(n.outputs[0], low.tape.binary("NOT_EQUAL", *whole, "bool"), order)
+    a, b = (low.tape.cast(t, "int32") for t in tensors)
+    low.put(n.outputs[0], low.tape.binary("NOT_EQUAL", a, b, "bool"), order)
 
 
 @lowers(*_UNARY)

@@ -18,7 +18,7 @@ _TYPES = {1: "float32", 6: "int32", 7: "int64", 11: "float64"}
 Array = NDArray[Any]
 
 
-def _slice(n: Node, x: Array, starts: Array, ends: Array, *rest: Array) -> Array:
+def _slice(_: Node, x: Array, starts: Array, ends: Array, *rest: Array) -> Array:
     axes = rest[0] if rest else np.arange(starts.size)
     steps = rest[1] if len(rest) > 1 else np.ones(starts.size, np.int64)
     cut = [slice(None)] * x.ndim
@@ -27,7 +27,7 @@ def _slice(n: Node, x: Array, starts: Array, ends: Array, *rest: Array) -> Array
     return x[tuple(cut)]
 
 
-def _cast(n: Node, x: Array) -> Array:
+def _cast(_: Node, x: Array) -> Array:
     return x
 
 

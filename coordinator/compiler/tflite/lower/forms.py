@@ -11,8 +11,8 @@ A DequantizeLinear is as lazy: readers that work on integers take those, others 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,10 +20,12 @@ from numpy.typing import NDArray
 
 from coordinator.compiler.graph import Graph, Node, Value
 from coordinator.compiler.tflite.tape import BATCH, Dims, Tape, elements, is_free
+from coordinator.compiler.tflite.write import Quantization
 from edge_sdk.errors import CompileError
 
 Order = tuple[int, ...]
 
+_LARGEST_SHAPE = 64  # only shapes and counts hold sizes that depend on the batch
 _NARROW = {"int64": "int32", "float64": "float32"}
 
 
@@ -50,6 +52,7 @@ class Stored:
     scale: NDArray[Any]
     zero_point: NDArray[Any]
     axis: int
+    source: str = ""
 
     @property
     def floats(self) -> NDArray[Any]:
@@ -67,11 +70,12 @@ class Lowering:
 
     Attributes:
         tape: what is recorded so far.
+        traced: stored weights that training changes: each keeps a place of its own in the file.
         done: nodes that another node's lowering has served.
     """
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph, self.tape = graph, Tape()
+    def __init__(self, graph: Graph, traced: Iterable[str] = ()) -> None:
+        self.graph, self.tape, self.traced = graph, Tape(), frozenset(traced)
         self.done: set[int] = set()
         self._floats: dict[str, dict[Order, int]] = {}
         self._integers: dict[str, dict[Order, int]] = {}
@@ -141,13 +145,39 @@ class Lowering:
             whole = self.tape.add("SHAPE", [port], (len(shape),), "int32", to_type="int32")
             self._batch = self.tape.slice(whole, (0,), (1,))
         narrow = _NARROW.get(str(value.dtype), str(value.dtype))
-        self.put(value.name, self.tape.cast(port, narrow))
+        if narrow in {"int8", "uint8"}:
+            self._feed_levels(value.name, port)
+        else:
+            self.put(value.name, self.tape.cast(port, narrow))
         return port
+
+    def _feed_levels(self, name: str, port: int) -> None:
+        """Take an input of integers by the scale of what dequantizes it; uint8 becomes int8."""
+        readers = [n for n in self.graph.uses.get(name, ()) if n.kind == "DequantizeLinear"]
+        scale = self.constant(readers[0].inputs[1]) if readers else None
+        zero = self.constant(readers[0].input(2)) if readers and readers[0].input(2) else None
+        if scale is None or scale.size != 1:
+            raise CompileError(f"expected one scale for the integers of input {name!r}, got none")
+        point = 0 if zero is None else int(zero.reshape(()))
+        step = (float(scale.reshape(())),)
+        source = readers[0].inputs[1] if readers[0].inputs[1] in self.traced else ""
+        scheme = Quantization(step, (point,), 0, source)
+        self.tape.quantize(port, scheme)
+        if self.tape.dtype(port) == "uint8":
+            scheme = replace(scheme, zero_point=(point - 128,))
+            shape = self.tape.shape(port)
+            port = self.tape.add("QUANTIZE", [port], shape, "int8", quantization=scheme)
+        self.put_levels(name, port)
 
     def deliver(self, value: Value) -> int:
         """Return the tensor of an output of the graph, under its name."""
-        tensor = self.get(value.name)
         wide = str(value.dtype or np.dtype(np.float32))
+        tensor = self.levels(value.name) if "int8" in wide else self.get(value.name)
+        scheme = self.tape.tensors[tensor].quantization
+        if wide == "uint8" and scheme is not None:
+            shifted = replace(scheme, zero_point=(scheme.zero_point[0] + 128,))
+            shape = self.tape.shape(tensor)
+            tensor = self.tape.add("QUANTIZE", [tensor], shape, "uint8", quantization=shifted)
         if wide == "int64":
             tensor = self.tape.cast(tensor, wide)
         is_port = self.tape.tensors[tensor].name in {
@@ -202,8 +232,10 @@ class Lowering:
         """Return a tensor in an order, ONNX's own by default."""
         order = order or tuple(range(self.rank(name)))
         if name in self._stored:
-            return self.tape.const(self._stored[name].floats.transpose(order))
+            return self._spread(self._stored[name], order)
         if name in self._known:
+            if name in self.traced:
+                return self.tape.weight(name, self._known[name].array, order)
             return self._constant(self._known[name], order)
         if name not in self._floats:
             if name not in self._integers:
@@ -211,6 +243,16 @@ class Lowering:
             at, levels = next(iter(self._integers[name].items()))
             self._dequantized(name, levels, at)
         return self._ordered(self._floats[name], order)
+
+    def _spread(self, stored: Stored, order: Order) -> int:
+        """Return the floats of a quantized constant; of a traced one they are made at run time."""
+        if stored.source not in self.traced:
+            return self.tape.const(stored.floats.transpose(order))
+        scales = tuple(float(s) for s in stored.scale.reshape(-1))
+        points = tuple(int(z) for z in np.broadcast_to(stored.zero_point.reshape(-1), len(scales)))
+        scheme = Quantization(scales, points, order.index(stored.axis) if order else 0)
+        levels = self.tape.weight(stored.source, stored.levels, order, scheme)
+        return self.tape.add("DEQUANTIZE", [levels], self.tape.shape(levels), "float32")
 
     def _dequantized(self, name: str, levels: int, order: Order) -> int:
         made = self.tape.add("DEQUANTIZE", [levels], self.tape.shape(levels), "float32")
@@ -291,8 +333,6 @@ def _natural(stored: Dims, order: Order) -> Dims:
 
 
 def _has_free(array: NDArray[Any]) -> bool:
-    if array.dtype.kind not in "if" or not array.size:
+    if array.dtype.kind != "i" or not 0 < array.size <= _LARGEST_SHAPE:
         return False
-    if array.size > 64:  # only shapes and counts hold free sizes
-        return False
-    return any(is_free(int(v)) for v in array.reshape(-1) if np.isfinite(v) and abs(v) >= BATCH)
+    return any(is_free(int(v)) for v in array.reshape(-1))

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-
 import numpy as np
 
 from coordinator.compiler.graph import Node
@@ -111,5 +110,3 @@ def _moved(low: Lowering, part: int, w: Window, tap: tuple[int, int]) -> int:
         begin = tap[axis] - w.begins[axis]
         pairs.append((begin, w.size[axis] - begin - t.shape(spread)[axis + 1]))
     return t.pad(spread, [*pairs, (0, 0)])
-
-

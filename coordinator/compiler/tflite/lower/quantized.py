@@ -2,14 +2,15 @@
 """Integers: quantizing, and the layers that frozen int8 weights run on integer kernels.
 
 An ONNX model quantized in QDQ form says DequantizeLinear, Conv, QuantizeLinear and means an integer
-kernel. Where nothing but the quantizer reads a layer, and its weights are constants, one operator is
-recorded for the three, with per-channel scales as they are. uint8 becomes int8, its zero point 128
-lower: the same numbers in the only type that TFLite's kernels take.
+kernel. Where nothing but the quantizer reads a layer, and its weights are constants, one operator
+is recorded for the three, with per-channel scales as they are. uint8 becomes int8, its zero point
+128 lower: the same numbers in the only type that TFLite's kernels take.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,7 +67,7 @@ def _dequantize(low: Lowering, n: Node) -> None:
         if scale is None or zero is None or n.attr("block_size", 0):
             raise refused(n, "has a scale that is not one constant, or one per channel")
         axis = n.attr("axis", 1) % max(levels.ndim, 1)
-        low.store(n.outputs[0], Stored(levels, scale, zero, axis))
+        low.store(n.outputs[0], Stored(levels, scale, zero, axis, n.inputs[0]))
         return
     if not low.has_levels(n.inputs[0]):
         _spread(low, n)
@@ -89,7 +90,8 @@ def quantization_of(low: Lowering, n: Node) -> Quantization | None:
     if zero.dtype not in _LEVELS:
         raise refused(n, f"quantizes to {zero.dtype}, int8 and uint8 are possible")
     shift = _SHIFT if zero.dtype == np.uint8 else 0
-    return Quantization((float(scale.reshape(())),), (int(zero.reshape(())) - shift,))
+    source = n.inputs[1] if n.inputs[1] in low.traced else ""
+    return Quantization((float(scale.reshape(())),), (int(zero.reshape(())) - shift,), 0, source)
 
 
 def _rounded(low: Lowering, n: Node) -> None:
@@ -98,7 +100,8 @@ def _rounded(low: Lowering, n: Node) -> None:
     if zero is None or zero.size != 1:
         raise refused(n, "has a zero point that is not one constant")
     tensor, order = low.form(n.inputs[0])
-    low_end, high_end = np.iinfo(zero.dtype).min, np.iinfo(zero.dtype).max
+    limits = np.iinfo(np.int8 if zero.dtype == np.int8 else np.uint8)
+    low_end, high_end = limits.min, limits.max
     centre = int(zero.reshape(()))
     steps = t.unary("ROUND", t.over(tensor, low.get(n.inputs[1])))
     steps = t.binary("MAXIMUM", steps, t.const(float(low_end - centre)))
@@ -161,29 +164,43 @@ def _weights(low: Lowering, name: str, axis: int) -> Stored | None:
     if found is None or found.levels.dtype not in _LEVELS:
         return None
     shift = _SHIFT if found.levels.dtype == np.uint8 else 0
+    if shift and found.source in low.traced:
+        return None  # its bytes are to be written as uint8
     if (found.zero_point.astype(np.int64) != shift).any():
         return None
     if found.scale.size > 1 and found.axis != axis:
         return None
     levels = (found.levels.astype(np.int16) - shift).astype(np.int8)
-    return Stored(levels, found.scale, np.zeros_like(found.zero_point, np.int8), axis)
+    zero = np.zeros_like(found.zero_point, np.int8)
+    return replace(found, levels=levels, zero_point=zero, axis=axis)
 
 
 def _integer_weights(
-    low: Lowering, levels: NDArray[np.int8], scale: NDArray[np.float32], axis: int
+    low: Lowering, stored: Stored, order: tuple[int, ...], shape: tuple[int, ...], axis: int
 ) -> int:
-    scales = tuple(float(s) for s in scale.reshape(-1))
-    return low.tape.const(levels, np.int8, Quantization(scales, (0,) * len(scales), axis))
+    """Store weights of a layer: transposed, then in the shape that the operator takes."""
+    scales = tuple(float(s) for s in stored.scale.reshape(-1))
+    scheme = Quantization(scales, (0,) * len(scales), axis)
+    if stored.source in low.traced:
+        kept = low.tape.weight(stored.source, stored.levels, order, scheme)
+        return low.tape.reshape(kept, shape)
+    return low.tape.const(stored.levels.transpose(order).reshape(shape), np.int8, scheme)
 
 
-def _integer_bias(
-    low: Lowering, name: str, x: Quantization, scale: NDArray[np.float32], size: int
-) -> int | None:
+def _integer_bias(low: Lowering, name: str, x: Quantization, weights: Stored) -> int | None:
     """Return an int32 bias by the scale of input and weights."""
-    step = np.float32(x.scale[0]) * scale.reshape(-1).astype(np.float32)
+    step = np.float32(x.scale[0]) * weights.scale.reshape(-1).astype(np.float32)
+    size = max(weights.levels.shape[0] if weights.axis == 0 else weights.levels.shape[-1], 1)
     values = np.zeros(size) if not name else low.constant(name)
-    if values is None:
+    if values is None or (values.size != size):
         return None
+    bias = low.stored(name)
+    if bias is not None and bias.levels.dtype == np.int32 and bias.source in low.traced:
+        scales = tuple(float(s) for s in bias.scale.reshape(-1))
+        scheme = Quantization(scales, (0,) * len(scales), 0)
+        return low.tape.weight(bias.source, bias.levels, (0,), scheme)
+    if {name, weights.source} & low.traced:
+        return None  # a float bias cannot follow its weights' scale
     whole = np.rint(values.reshape(-1).astype(np.float64) / step.astype(np.float64))
     whole = np.clip(whole, -(2**31) + 1, 2**31 - 1).astype(np.int32)
     scheme = Quantization(tuple(map(float, step)), (0,) * step.size, 0)
@@ -202,23 +219,22 @@ def integer_conv(low: Lowering, n: Node, w: Window) -> bool:
         return False
     rank, t = low.rank(x), low.tape
     seen = as_image(low, low.levels(x, (0, *range(2, rank), 1)))
-    bias = _integer_bias(low, n.input(2), _scale_of(low, seen), weights.scale, filters)
+    bias = _integer_bias(low, n.input(2), _scale_of(low, seen), weights)
     result = None if bias is None else result_of(low, n)
     if bias is None or result is None:
         return False
-    levels = weights.levels.reshape(filters, inner, *w.kernel)
-    pad = "SAME"
+    rest, pad = tuple(range(2, rank)), "SAME"
     if not is_same(w):
         scheme = _scale_of(low, seen)
         seen = t.pad(seen, [(b, max(e, 0)) for b, e in reach(w)], scheme.zero_point[0])
         pad = "VALID"
-    options = {"padding": pad, "activation": result.activation, **geometry(w)}
+    options: dict[str, Any] = {"padding": pad, "activation": result.activation, **geometry(w)}
     if is_depthwise:
-        kernel = _integer_weights(low, levels.transpose(1, 2, 3, 0), weights.scale, 3)
+        kernel = _integer_weights(low, weights, (1, *rest, 0), (1, *w.kernel, filters), 3)
         options["multiplier"] = filters // group
         op = "DEPTHWISE_CONV_2D"
     else:
-        kernel = _integer_weights(low, levels.transpose(0, 2, 3, 1), weights.scale, 0)
+        kernel = _integer_weights(low, weights, (0, *rest, 1), (filters, *w.kernel, inner), 0)
         op = "CONV_2D"
     made = t.add(
         op,
@@ -244,15 +260,16 @@ def integer_dense(low: Lowering, n: Node) -> bool:
     plain = not n.attr("transA", 0) and {n.attr("alpha", 1.0), n.attr("beta", 1.0)} == {1.0}
     if weights is None or not low.has_levels(x) or not plain or low.rank(x) != 2:
         return False
-    t, levels = low.tape, weights.levels if turned else weights.levels.T
-    seen = low.levels(x)
-    bias = _integer_bias(low, n.input(2), _scale_of(low, seen), weights.scale, len(levels))
+    t, seen = low.tape, low.levels(x)
+    outs = weights.levels.shape[0 if turned else 1]
+    bias = _integer_bias(low, n.input(2), _scale_of(low, seen), weights)
     result = None if bias is None else result_of(low, n)
     if bias is None or result is None:
         return False
-    (rows, inner), outs = t.shape(seen), len(levels)
+    rows, inner = t.shape(seen)
     pixels = t.reshape(seen, (rows, 1, 1, inner))
-    kernel = _integer_weights(low, levels[:, None, None, :], weights.scale, 0)
+    order = (0, 1) if turned else (1, 0)
+    kernel = _integer_weights(low, weights, order, (outs, 1, 1, inner), 0)
     made = t.add(
         "CONV_2D", [pixels, kernel, bias], (rows, 1, 1, outs), "int8",
         quantization=result.quantization, activation=result.activation, padding="VALID",

@@ -33,7 +33,7 @@ def _reduce_of(low: Lowering, n: Node) -> None:
     elif n.kind == "ReduceL1":
         tensor = t.unary("ABS", tensor)
     after = {"ReduceL2": "SQRT", "ReduceLogSum": "LOG"}.get(n.kind)
-    _put(low, n, "SUM", tensor, order, after)
+    _put(low, n, "SUM", tensor, order, after=after)
 
 
 def _log_sum_exp(low: Lowering, n: Node, x: int, order: Order) -> None:
@@ -49,7 +49,7 @@ def _log_sum_exp(low: Lowering, n: Node, x: int, order: Order) -> None:
 
 
 def _put(
-    low: Lowering, n: Node, op: str, tensor: int, order: Order, after: str | None = None
+    low: Lowering, n: Node, op: str, tensor: int, order: Order, *, after: str | None = None
 ) -> None:
     axes, keep = _axes(low, n), bool(n.attr("keepdims", 1))
     made = low.tape.reduce(op, tensor, sorted(order.index(a) for a in axes), keep=keep)
@@ -104,9 +104,14 @@ def _cumsum(low: Lowering, n: Node) -> None:
     if axis is None:
         raise refused(n, "has an axis that is not constant")
     at = order.index(int(axis.reshape(())) % len(order))
-    options = {"exclusive": bool(n.attr("exclusive", 0)), "reverse": bool(n.attr("reverse", 0))}
     t = low.tape
-    made = t.add("CUMSUM", [tensor, t.const(at, "int32")], t.shape(tensor), **options)
+    made = t.add(
+        "CUMSUM",
+        [tensor, t.const(at, "int32")],
+        t.shape(tensor),
+        exclusive=bool(n.attr("exclusive", 0)),
+        reverse=bool(n.attr("reverse", 0)),
+    )
     low.put(n.outputs[0], made, order)
 
 

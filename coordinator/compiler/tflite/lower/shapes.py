@@ -115,11 +115,11 @@ def _slice(low: Lowering, n: Node) -> None:
     turned = []
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         at, size = axis % len(whole), whole[axis % len(whole)]
-        low_end, high_end, step = _span(n, start, end, size, step)
-        if step < 0:
+        first, end_, jump = _span(n, slice(start, end, step), size)
+        if jump < 0:
             turned.append(at)
-        begins[at], jumps[at] = low_end, abs(step)
-        sizes[at] = max(-(-(high_end - low_end) // abs(step)), 0) if not is_free(size) else size
+        begins[at], jumps[at] = first, abs(jump)
+        sizes[at] = size if is_free(size) else max(-(-(end_ - first) // abs(jump)), 0)
     tensor, order = source(low, name)
     t = low.tape
     made = t.slice(tensor, *([v[a] for a in order] for v in (begins, sizes, jumps)))
@@ -128,18 +128,20 @@ def _slice(low: Lowering, n: Node) -> None:
     moved(low, n, made, order)
 
 
-def _span(n: Node, start: int, end: int, size: int, step: int) -> tuple[int, int, int]:
-    """Return first and end of a slice, from low to high whatever its direction."""
+def _span(n: Node, cut: slice, size: int) -> tuple[int, int, int]:
+    """Return first and end of a slice, from low to high whatever its direction, and its step."""
     if is_free(size):
-        if start == 0 and end >= size and step == 1:
+        if cut.start == 0 and cut.stop >= size and cut.step == 1:
             return 0, size, 1
         raise refused(n, "slices the batch")
-    indices = range(*slice(start, None if end < -size and step < 0 else end, step).indices(size))
+    if cut.stop < -size and cut.step < 0:
+        cut = slice(cut.start, None, cut.step)
+    indices = range(*cut.indices(size))
     if not indices:
         return 0, 0, 1
-    if step < 0:
-        return indices[-1], indices[0] + 1, step
-    return indices[0], indices[-1] + 1, step
+    if cut.step < 0:
+        return indices[-1], indices[0] + 1, cut.step
+    return indices[0], indices[-1] + 1, cut.step
 
 
 @lowers("Split")
@@ -204,10 +206,8 @@ def _expand(low: Lowering, n: Node) -> None:
     if target == t.shape(tensor):
         low.put(n.outputs[0], tensor, order)
         return
-    if any(map(is_free, target)):
-        sizes = low.sizes(np.array(target, np.int64))
-    else:
-        sizes = t.ints(*target)
+    is_open = any(map(is_free, target))
+    sizes = low.sizes(np.array(target, np.int64)) if is_open else t.ints(*target)
     low.put(n.outputs[0], t.add("BROADCAST_TO", [tensor, sizes], target), order)
 
 
@@ -229,7 +229,7 @@ def _eye(low: Lowering, n: Node) -> None:
     shape = low.shape(n.inputs[0])
     if any(map(is_free, shape)):
         raise refused(n, "depends on the batch")
-    low.know(n.outputs[0], np.eye(*shape, n.attr("k", 0), dtype=np.float32), "float32")
+    low.know(n.outputs[0], np.eye(shape[0], shape[1], n.attr("k", 0), np.float32), "float32")
 
 
 @lowers("Tile")
@@ -272,10 +272,10 @@ def _resize(low: Lowering, n: Node) -> None:
         op = "RESIZE_BILINEAR"
     else:
         raise refused(n, f"resizes by {mode}, {where}")
-    _resized(low, n, op, [1] * (4 - rank) + sizes[2:], half, align)
+    _resized(low, n, op, [1] * (4 - rank) + sizes[2:], half=half, align=align)
 
 
-def _resized(low: Lowering, n: Node, op: str, size: list[int], half: bool, align: bool) -> None:
+def _resized(low: Lowering, n: Node, op: str, size: list[int], *, half: bool, align: bool) -> None:
     from coordinator.compiler.tflite.lower.windows import image, put_image
 
     t, x = low.tape, image(low, n.inputs[0])
@@ -308,5 +308,3 @@ def _sizes(low: Lowering, n: Node) -> None:
         return
     cut = shape[n.attr("start", 0) : n.attr("end", len(shape))]
     low.know(n.outputs[0], np.array(cut, np.int64), "int64")
-
-

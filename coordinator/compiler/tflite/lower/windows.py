@@ -7,6 +7,7 @@ A signal [N, C, L] is an image of one row.
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 from coordinator.compiler.graph import Node
 from coordinator.compiler.rules.window import Window
@@ -112,7 +113,7 @@ def padding(low: Lowering, x: int, w: Window, value: float = 0.0) -> tuple[int, 
     return low.tape.pad(x, pairs, value), "VALID"
 
 
-def geometry(w: Window) -> dict[str, int]:
+def geometry(w: Window) -> dict[str, Any]:
     """Return strides and dilations as options."""
     return {
         "stride_h": w.strides[0], "stride_w": w.strides[1],
