@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tflite_models as made
 from ai_edge_litert.interpreter import Interpreter
 
 from coordinator.compiler import build, export, momentum
@@ -16,7 +17,6 @@ from edge_sdk import Bundle, Trainer
 from edge_sdk.errors import CompileError
 from edge_sdk.requantize import requantize, step_of
 from edge_sdk.tflitefile import Tensor, read
-from tests.support import tflite_models as made
 
 MODELS: dict[str, Callable[[], bytes]] = {
     "branches": made.branches_int8,
