@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from edge_sdk import ranks
-from edge_sdk.onnxfile import OnnxFile, Operation
+from edge_sdk.graphview import GraphView, Operation
 
 _FLOAT32 = 1
 _ACTIVATION = "fused_activation_function"
@@ -45,7 +45,7 @@ _WORDS = {
 }
 
 
-def clips(graph: OnnxFile, limit: float) -> list[Clip]:
+def clips(graph: GraphView, limit: float) -> list[Clip]:
     """Return the clip stages of that limit."""
     finder = _Finder(graph)
     found = [finder.stage(node, limit) for node in graph.nodes if finder.divides(node)]
@@ -55,7 +55,7 @@ def clips(graph: OnnxFile, limit: float) -> list[Clip]:
 class _Finder:
     """A graph, while its clip stages are looked for."""
 
-    def __init__(self, graph: OnnxFile) -> None:
+    def __init__(self, graph: GraphView) -> None:
         self.graph = graph
         self.is_tflite = any(node.domain == "tflite" for node in graph.nodes)
         self.words = _WORDS[self.is_tflite]

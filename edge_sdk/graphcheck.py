@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 
 from edge_sdk import clips, loopcheck, onnxfile, portcheck, reach, tensorcheck, tflitegraph
 from edge_sdk.errors import BundleError, RefusedError
+from edge_sdk.graphview import GraphView, Nested, Operation, shown
 from edge_sdk.limits import Limits
-from edge_sdk.onnxfile import Nested, OnnxFile, Operation, shown
 from edge_sdk.onnxschema import STRING
 from edge_sdk.operators import ALLOWED, TFLITE
 
@@ -66,7 +66,7 @@ def _in(at: str, run: Callable[..., T], *args: object) -> T:
         raise RefusedError(f"{at} graph: {error}") from error
 
 
-def _read(format_: str, role: str, data: memoryview, limits: Limits) -> OnnxFile:
+def _read(format_: str, role: str, data: memoryview, limits: Limits) -> GraphView:
     graph = _READERS[format_](data)
     if graph.state and role != "predict":
         raise RefusedError(f"{shown(min(graph.state))}: expected nothing kept from run to run")
@@ -76,7 +76,7 @@ def _read(format_: str, role: str, data: memoryview, limits: Limits) -> OnnxFile
     return graph
 
 
-def _check_graph(format_: str, role: str, graph: OnnxFile, manifest: Mapping[str, Any]) -> None:
+def _check_graph(format_: str, role: str, graph: GraphView, manifest: Mapping[str, Any]) -> None:
     portcheck.check(role, graph, manifest)
     if role == "predict":
         tensorcheck.check_patches(manifest["patches"][format_], manifest["params"], graph)
@@ -84,7 +84,7 @@ def _check_graph(format_: str, role: str, graph: OnnxFile, manifest: Mapping[str
         _check_flow(manifest, graph)
 
 
-def _read_onnx(data: memoryview) -> OnnxFile:
+def _read_onnx(data: memoryview) -> GraphView:
     if bytes(data[4:8]) == _OTHER_FORMAT:
         raise RefusedError("expected ONNX, got onnxruntime's own format")
     return onnxfile.read(data)
@@ -107,7 +107,7 @@ def _check_declared(manifest: Mapping[str, Any], size: int, limits: Limits) -> N
             _check_limit(limit, what, value, limits)
 
 
-def _check_memory(manifest: Mapping[str, Any], train: OnnxFile, limits: Limits) -> None:
+def _check_memory(manifest: Mapping[str, Any], train: GraphView, limits: Limits) -> None:
     """Count what training takes at the least, whatever the manifest declares."""
     params = sum(math.prod(p["shape"]) for p in manifest["params"])
     slots = sum(math.prod(s["shape"]) for s in manifest["slots"])
@@ -125,7 +125,7 @@ def _check_limit(name: str, what: str, value: float, limits: Limits) -> None:
 
 
 # --- what a graph is made of --------------------------------------------------------------------
-def _check_model(graph: OnnxFile, limits: Limits) -> None:
+def _check_model(graph: GraphView, limits: Limits) -> None:
     for what, count in graph.extras.items():
         if count:
             raise RefusedError(f"expected no {what}, got {count}")
@@ -143,7 +143,7 @@ def _check_model(graph: OnnxFile, limits: Limits) -> None:
             )
 
 
-def _check_nodes(graph: OnnxFile, allowed: Allowed, *, may_loop: bool) -> None:
+def _check_nodes(graph: GraphView, allowed: Allowed, *, may_loop: bool) -> None:
     """Check each node by itself, and that each reads only what was made before, made once."""
     inputs = {port.name for port in graph.inputs}
     known = inputs | graph.initializers.keys()
@@ -162,7 +162,7 @@ def _check_order(
     known: set[str],
     taken: set[str],
     allowed: Allowed,
-    loops: OnnxFile | None,
+    loops: GraphView | None,
 ) -> None:
     """Check nodes one after the other.
 
@@ -221,7 +221,7 @@ def _check_node(node: Operation, allowed: Allowed) -> None:
 
 
 # --- where an example may go --------------------------------------------------------------------
-def _check_flow(manifest: Mapping[str, Any], train: OnnxFile) -> None:
+def _check_flow(manifest: Mapping[str, Any], train: GraphView) -> None:
     """Outputs are the promised ones already; new parameters must be steps from old ones, clipped.
 
     State may hold what was not clipped, as it stays on the device: then it counts as an example.
@@ -243,7 +243,7 @@ def _check_flow(manifest: Mapping[str, Any], train: OnnxFile) -> None:
             )
 
 
-def _check_steps(manifest: Mapping[str, Any], train: OnnxFile) -> None:
+def _check_steps(manifest: Mapping[str, Any], train: GraphView) -> None:
     """Refuse a new parameter that does not come from the old one: it would be something else."""
     seen = {f"p.{i}": 1 << i for i in range(len(manifest["params"]))}
     for node in train.nodes:
@@ -258,7 +258,7 @@ def _check_steps(manifest: Mapping[str, Any], train: OnnxFile) -> None:
             )
 
 
-def _past(manifest: Mapping[str, Any], train: OnnxFile, stage: clips.Clip) -> set[str]:
+def _past(manifest: Mapping[str, Any], train: GraphView, stage: clips.Clip) -> set[str]:
     """Return the new parameters that examples reach past a clip stage, in one step or several."""
     sources = {"x", "y"}
     while True:

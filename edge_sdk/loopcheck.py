@@ -13,13 +13,13 @@ from collections.abc import Mapping
 import numpy as np
 
 from edge_sdk.errors import RefusedError
-from edge_sdk.onnxfile import Nested, OnnxFile, Operation, Stored, shown
+from edge_sdk.graphview import GraphView, Nested, Operation, Stored, shown
 
 _INT64 = 7
 _LOOSE = 2  # inputs before the carried ones: trip count and condition
 
 
-def check(graph: OnnxFile, node: Operation) -> Nested:
+def check(graph: GraphView, node: Operation) -> Nested:
     """Return a Loop's body once its shape is proved.
 
     Raises: RefusedError.
@@ -41,7 +41,7 @@ def check(graph: OnnxFile, node: Operation) -> Nested:
     return body
 
 
-def _check_turns(graph: OnnxFile, node: Operation) -> None:
+def _check_turns(graph: GraphView, node: Operation) -> None:
     """Refuse more turns than the batch has rows."""
     makers = {name: maker for maker in graph.nodes for name in maker.outputs}
     divided = makers.get(node.inputs[0])

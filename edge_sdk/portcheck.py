@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from edge_sdk.errors import RefusedError
-from edge_sdk.onnxfile import OnnxFile, Port, shown
+from edge_sdk.graphview import GraphView, Port, shown
 from edge_sdk.onnxschema import DTYPES
 
 Shape = Sequence[int | None] | None
@@ -25,7 +25,7 @@ class Wanted(NamedTuple):
     is_exact: bool = True
 
 
-def check(role: str, graph: OnnxFile, manifest: Mapping[str, Any]) -> None:
+def check(role: str, graph: GraphView, manifest: Mapping[str, Any]) -> None:
     """Check the inputs and outputs of the `predict`, `train` or `evaluate` graph.
 
     Raises: RefusedError.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 
-from edge_sdk.onnxfile import OnnxFile, Operation
+from edge_sdk.graphview import GraphView, Operation
 from edge_sdk.onnxschema import DTYPES
 
 _INTEGERS = {"int32": "<i4", "int64": "<i8"}
@@ -37,10 +37,10 @@ _REDUCE = ("MEAN", "REDUCE_ALL", "REDUCE_ANY", "REDUCE_MAX", "REDUCE_MIN", "REDU
 _MORE = {"PACK": 1, "EXPAND_DIMS": 1, "ONE_HOT": 1, "UNPACK": -1, "ARG_MAX": -1, "ARG_MIN": -1}
 
 Known = Mapping[str, int]
-Rule = Callable[[OnnxFile, Known, Operation], "int | None"]
+Rule = Callable[[GraphView, Known, Operation], "int | None"]
 
 
-def of(graph: OnnxFile) -> dict[str, int]:
+def of(graph: GraphView) -> dict[str, int]:
     """Return the ranks that are certain, by tensor."""
     known = {port.name: len(port.shape) for port in graph.inputs if port.shape is not None}
     known |= {name: len(stored.dims) for name, stored in graph.initializers.items()}
@@ -51,7 +51,7 @@ def of(graph: OnnxFile) -> dict[str, int]:
     return known
 
 
-def axes(graph: OnnxFile, name: str, rank: int | None) -> frozenset[int] | None:
+def axes(graph: GraphView, name: str, rank: int | None) -> frozenset[int] | None:
     """Return the axes that a stored tensor names, each once; None if it does not or is not."""
     stored = graph.initializers.get(name)
     code = _INTEGERS.get(DTYPES[stored.dtype][0]) if stored and stored.dtype in DTYPES else None
@@ -66,7 +66,7 @@ def axes(graph: OnnxFile, name: str, rank: int | None) -> frozenset[int] | None:
     return found if len(found) == len(numbers) else None
 
 
-def length(graph: OnnxFile, name: str) -> int | None:
+def length(graph: GraphView, name: str) -> int | None:
     """Return how many numbers a stored vector of integers has."""
     stored = graph.initializers.get(name)
     is_known = stored is not None and stored.dtype in DTYPES and len(stored.dims) == 1
@@ -79,26 +79,26 @@ def _option(node: Operation, name: str) -> int:
     return next((a.number or 0 for a in node.attributes if a.name == name), 0)
 
 
-def _as_first(_: OnnxFile, known: Known, node: Operation) -> int | None:
+def _as_first(_: GraphView, known: Known, node: Operation) -> int | None:
     return known.get(node.inputs[0])
 
 
-def _as_second(_: OnnxFile, known: Known, node: Operation) -> int | None:
+def _as_second(_: GraphView, known: Known, node: Operation) -> int | None:
     return known.get(node.inputs[1]) if len(node.inputs) > 1 else None
 
 
-def _as_widest(_: OnnxFile, known: Known, node: Operation) -> int | None:
+def _as_widest(_: GraphView, known: Known, node: Operation) -> int | None:
     found = [known.get(name) for name in node.inputs]
     sure = [rank for rank in found if rank is not None]
     return max(sure) if len(sure) == len(found) else None
 
 
-def _shaped(graph: OnnxFile, _: Known, node: Operation) -> int | None:
+def _shaped(graph: GraphView, _: Known, node: Operation) -> int | None:
     at = _SHAPED_BY[node.op]
     return length(graph, node.inputs[at]) if len(node.inputs) == 2 else None
 
 
-def _reduced(graph: OnnxFile, known: Known, node: Operation) -> int | None:
+def _reduced(graph: GraphView, known: Known, node: Operation) -> int | None:
     rank = known.get(node.inputs[0])
     if rank is None or len(node.inputs) != 2:
         return None
@@ -108,25 +108,25 @@ def _reduced(graph: OnnxFile, known: Known, node: Operation) -> int | None:
     return None if gone is None else rank - len(gone)
 
 
-def _more(_: OnnxFile, known: Known, node: Operation) -> int | None:
+def _more(_: GraphView, known: Known, node: Operation) -> int | None:
     rank = known.get(node.inputs[0])
     return None if rank is None else rank + _MORE[node.op]
 
 
-def _gathered(_: OnnxFile, known: Known, node: Operation) -> int | None:
+def _gathered(_: GraphView, known: Known, node: Operation) -> int | None:
     found = [known.get(name) for name in node.inputs]
     sure = [rank for rank in found if rank is not None]
     return sum(sure) - 1 - _option(node, "batch_dims") if len(sure) == len(found) == 2 else None
 
 
-def _strided(_: OnnxFile, known: Known, node: Operation) -> int | None:
+def _strided(_: GraphView, known: Known, node: Operation) -> int | None:
     rank = known.get(node.inputs[0])
     if rank is None or _option(node, "ellipsis_mask") or _option(node, "new_axis_mask"):
         return None
     return rank - (_option(node, "shrink_axis_mask") & 0xFF).bit_count()
 
 
-def _dense(_: OnnxFile, known: Known, node: Operation) -> int | None:
+def _dense(_: GraphView, known: Known, node: Operation) -> int | None:
     return known.get(node.inputs[0]) if _option(node, "keep_num_dims") else 2
 
 

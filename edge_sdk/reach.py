@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from edge_sdk.onnxfile import Operation
+from edge_sdk.graphview import Operation
 
 
 def reached(

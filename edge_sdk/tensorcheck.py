@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from edge_sdk.errors import RefusedError
+from edge_sdk.graphview import GraphView, Operation, Stored, shown
 from edge_sdk.limits import Limits
-from edge_sdk.onnxfile import OnnxFile, Operation, Stored, shown
 from edge_sdk.onnxschema import DTYPES, STRING
 
 _SHAPE_INPUT = {"ConstantOfShape": 0, "Expand": 1, "FILL": 0, "BROADCAST_TO": 1}
@@ -30,7 +30,7 @@ def nbytes(tensor: Stored) -> int:
     return (tensor.elements * DTYPES[tensor.dtype][1] + 7) // 8
 
 
-def check_stored(graph: OnnxFile, limits: Limits) -> None:
+def check_stored(graph: GraphView, limits: Limits) -> None:
     """Check every tensor of a graph: dense numbers, all of them in the file.
 
     Raises: RefusedError.
@@ -48,7 +48,7 @@ def check_stored(graph: OnnxFile, limits: Limits) -> None:
         _check_made(stored, node, limits)
 
 
-def check_patches(patches: Sequence[Mapping[str, Any]], params: Any, predict: OnnxFile) -> None:
+def check_patches(patches: Sequence[Mapping[str, Any]], params: Any, predict: GraphView) -> None:
     """Check that each patch writes one whole stored tensor, of the type it says.
 
     Args:

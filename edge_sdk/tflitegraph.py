@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from edge_sdk import tflitefile
 from edge_sdk.errors import RefusedError
-from edge_sdk.onnxfile import Attribute, OnnxFile, Operation, Port, Stored, shown
+from edge_sdk.graphview import Attribute, GraphView, Operation, Port, Stored, shown
 from edge_sdk.onnxschema import DTYPES
 from edge_sdk.tflitefile import Subgraph, Tensor, TfliteFile
 
@@ -24,7 +24,7 @@ _NOT_NUMBERS = {"resource", "variant"}
 _PLAIN = "NONE"  # the fused activation that does nothing
 
 
-def read(data: memoryview) -> OnnxFile:
+def read(data: memoryview) -> GraphView:
     """Read a serialized model that is one graph.
 
     Raises: BundleError when it is damaged; RefusedError when signatures name what is no port.
@@ -36,7 +36,7 @@ def read(data: memoryview) -> OnnxFile:
     stored = dict(_stored(file, subgraph, names))
     ports = [_port(names[i], tensor) for i, tensor in enumerate(subgraph.tensors)]
     outside = {*subgraph.inputs, *subgraph.outputs}
-    return OnnxFile(
+    return GraphView(
         opsets={},
         nodes=tuple(_node(operator, names) for operator in subgraph.operators),
         inputs=tuple(ports[i] for i in subgraph.inputs),

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from planted import maker, planted
 
 from coordinator.compiler import build, chain, clip, momentum
-from edge_sdk import onnxfile, reach
+from edge_sdk import clips, onnxfile, reach
 from edge_sdk.errors import RefusedError
 from edge_sdk.limits import Limits
 
@@ -194,7 +194,7 @@ def test_everything_a_body_reads_reaches_all_that_its_loop_makes() -> None:
     (loop,) = (n for n in graph.nodes if n.op == "Loop")
     assert {"x", "y", "p.0"} <= set(loop.reads)
     assert set(loop.outputs) <= reach.reached(graph.nodes, {"y"})
-    (stage,) = reach.clips(graph, LIMIT)
+    (stage,) = clips.clips(graph, LIMIT)
     new = {f"p.{i}.next" for i in range(len(MADE.manifest["params"]))}
     assert new.isdisjoint(reach.reached(graph.nodes, {"x", "y"}, stage.makes))
 

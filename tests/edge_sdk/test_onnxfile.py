@@ -17,14 +17,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edge_sdk import onnxfile, onnxschema, protobuf
 from edge_sdk.errors import BundleError
-from edge_sdk.onnxfile import OnnxFile
+from edge_sdk.graphview import GraphView
 from edge_sdk.protobuf import Reader, Span, signed
 
 BUNDLE = mlp(momentum=True, quantized=True)
 MODELS = [BUNDLE.member(f"onnx/{role}.onnx") for role in ("predict", "train", "evaluate")]
 
 
-def read(data: bytes) -> OnnxFile:
+def read(data: bytes) -> GraphView:
     return onnxfile.read(memoryview(data))
 
 
