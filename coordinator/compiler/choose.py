@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
@@ -15,17 +15,19 @@ from edge_sdk.errors import CompileError
 _SHOWN = 20
 
 
-def select(graph: Graph, train: str | Sequence[str], logits: str) -> list[Weight]:
+def select(
+    graph: Graph, train: str | Sequence[str], logits: str, kept: Collection[str] | None = None
+) -> list[Weight]:
     """Return the chosen weights in topological order.
 
-    Weights that no gradient can reach are left out of a wide choice ("all", a glob) and refused
-    when asked for by name.
+    Weights that no gradient can reach, or that `kept` does not name where it is given, are left out
+    of a wide choice ("all", a glob). Those that no gradient can reach are refused by name.
 
     Raises: CompileError naming what there is to choose from.
     """
     weights = find_weights(graph)
     reached = _reached(graph, logits)
-    usable = [w for w in weights if reached.issuperset(w.tensors)]
+    usable = _usable(weights, reached, kept)
     asked = [train] if isinstance(train, str) else list(train)
     chosen: dict[str, Weight] = {}
     for pattern in asked:
@@ -37,14 +39,20 @@ def select(graph: Graph, train: str | Sequence[str], logits: str) -> list[Weight
     return found
 
 
-def selections(graph: Graph, logits: str) -> list[str]:
+def selections(graph: Graph, logits: str, kept: Collection[str] | None = None) -> list[str]:
     """Return ways to choose weights, from the widest to the narrowest."""
-    reached = _reached(graph, logits)
-    usable = [w for w in find_weights(graph) if reached.issuperset(w.tensors)]
+    usable = _usable(find_weights(graph), _reached(graph, logits), kept)
     layers = len({w.layer for w in usable})
     bias = ["bias"] if layers > 1 and any(w.role == "bias" for w in usable) else []
     middle = [f"last:{k}" for k in range(layers - 1, 1, -1)]
     return ["all", *middle, *bias, *(["last:1"] if layers > 1 else [])]
+
+
+def _usable(
+    weights: Sequence[Weight], reached: set[str], kept: Collection[str] | None
+) -> list[Weight]:
+    found = [w for w in weights if reached.issuperset(w.tensors)]
+    return found if kept is None else [w for w in found if w.source in kept]
 
 
 def _matching(

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
@@ -63,6 +63,11 @@ class Task:
     formats: tuple[str, ...] = ("onnx",)
 
     @property
+    def kept(self) -> Collection[str] | None:
+        """Return the stored tensors that a device can write back; None for all."""
+        return None if self.source is None else self.source.kept
+
+    @property
     def reached(self) -> Graph:
         """Return what of the forward graph makes the logits."""
         return drop_unused(replace(self.forward, outputs=(Value(self.logits),)))
@@ -91,7 +96,7 @@ class Draft(NamedTuple):
 
 def draft(task: Task, train: str | Sequence[str], way: Way = AT_ONCE) -> Draft:
     """Compile a task that trains `train`, in a way. Raises: CompileError."""
-    weights = select(task.reached, train, task.logits)
+    weights = select(task.reached, train, task.logits, task.kept)
     _check_finite(weights)
     given = task.forward
     if task.learns_ranges:

@@ -156,7 +156,7 @@ def _micro(rows: int | None) -> int | None:
 def _options(task: Task, train: str | Sequence[str] | None) -> dict[str, str | Sequence[str]]:
     """Return the selections that a budget may choose from, by how they are spelled."""
     if train is None:
-        return {spelled: spelled for spelled in selections(task.reached, task.logits)}
+        return {spelled: spelled for spelled in selections(task.reached, task.logits, task.kept)}
     return {train if isinstance(train, str) else ", ".join(train): train}
 
 

@@ -136,7 +136,7 @@ def _scheme(weight: Weight) -> Quantized:
 
 
 def _biases(graph: Graph) -> list[_Bias]:
-    """Return the int32 biases of quantized layers."""
+    """Return the int32 biases of integer kernels; beside float inputs they keep their scale."""
     by_tensor = {name: w for w in find_weights(graph) for name in w.tensors}
     found = []
     for node in graph.nodes:
@@ -144,11 +144,7 @@ def _biases(graph: Graph) -> list[_Bias]:
             continue
         bias, layer = by_tensor.get(node.input(2)), by_tensor.get(node.inputs[1])
         name, scale = _scale_of(graph, node.inputs[0])
-        if bias and _is_bias(bias) and layer and layer.quantized:
-            if scale is None:
-                raise CompileError(
-                    f"expected a quantized input for {node.label}: it has a bias in int32"
-                )
+        if bias and _is_bias(bias) and layer and layer.quantized and scale is not None:
             found.append(_Bias(bias, name, scale, layer))
     return found
 

@@ -83,6 +83,13 @@ class Source:
         """The operators of the main subgraph."""
         return self.file.subgraphs[self.imported.subgraph].operators
 
+    @property
+    def kept(self) -> frozenset[str]:
+        """Names of stored tensors that have bytes, and a scale, of their own in the file."""
+        joined = {t for op in self.operators if _joins_stored(self, op) for t in op.inputs}
+        origins = self.imported.origins
+        return frozenset(name for name, origin in origins.items() if origin.tensor not in joined)
+
     @cached_property
     def alike(self) -> Mapping[int, frozenset[int]]:
         """Which activations have one scale because an operator wants it so, by each of them."""
@@ -225,7 +232,7 @@ class _Writing:
             patch |= self._quantized(weight, t)
         if order is not None and weight.value.ndim:
             patch["order"] = list(order)
-        return patch
+        return patch | weight.patch
 
     def range(self, i: int) -> list[Patch]:
         """Return the patches of a learned range: one for each tensor that it stands for."""
@@ -251,6 +258,8 @@ class _Writing:
         }
         if found.bias not in self.param:
             patch["shape"] = list(bias.shape)
+        else:
+            patch |= self.weights[self.param[found.bias]].patch
         if found.input in self.input:
             patch["input"] = self.input[found.input]
         if found.weight in self.param:

@@ -337,6 +337,7 @@ SHAPE = [
     Case("Gather", (normal(3, 5), np.array([[0, 2], [4, 2]])), {"axis": 1}, (0,), (1,), (0,)),
     Case("Gather", (normal(5, 3), ints(1, -1, 1)), {}, (0,), (1,)),
     Case("Gather", (normal(5, 3), np.array([[1, 0], [1, 3]])), {"axis": 0}),
+    Case("Gather", (normal(5, 4), np.array([[1, 0], [1, 3]], np.int32)), {"axis": 0}),
     Case("Gather", (normal(3, 5, 2), np.array(-1)), {"axis": 1}, (0,), (1,), (0,)),
     Case("Pad", (normal(2, 3, 4), ints(0, 1, 0, 0, 2, 1)), {}, (0,), (1,), (0,)),
     _linear_at_first("Pad", (normal(2, 5), ints(1, -1), np.array(3, F), ints(1))),

@@ -21,7 +21,8 @@ def scatter_rows(e: Emit, g: str, indices: str, like: str, axis: int) -> str:
     rows = e.Transpose(g, perm=[*front, *rest]) if axis else g
     out_dims = [e.dims(like)[axis], *[e.dims(g)[i] for i in rest]]
     zeros = e.ConstantOfShape(_shape(e, rows, like, axis, width), value=np.zeros(1, np.float32))
-    total = e.ScatterND(zeros, e.Unsqueeze(indices, e.ints(-1)), rows, reduction="add")
+    at = e.Cast(indices, to=7) if e.dtype(indices) != np.int64 else indices
+    total = e.ScatterND(zeros, e.Unsqueeze(at, e.ints(-1)), rows, reduction="add")
     e.declare(total, tuple(out_dims))
     if not axis:
         return total

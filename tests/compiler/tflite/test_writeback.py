@@ -231,5 +231,6 @@ def test_a_trained_constant_that_is_joined_with_others_is_refused_by_name() -> N
     data = b.pack(x, b.softmax(b.dense(both, 3, 0.1)))
     names = bundle_of(data, ["w0", "w2"], ranges="learned").params()
     assert not any("both" in n or "y0" in n for n in names)
+    assert {"w0", "w2"} < {*bundle_of(data).params()} <= {"w0", "b0", "w2", "b2"}
     with pytest.raises(CompileError, match="token"):
         bundle_of(data, ["token"])
