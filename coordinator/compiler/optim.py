@@ -155,6 +155,28 @@ def descend(e: Emit, params: Sequence[str], lr: str, made: Directions) -> list[s
     return [e.Sub(p, _scaled(e, d, rate)) for p, d in zip(params, made.tensors, strict=True)]
 
 
+def is_plain(optimizer: Optimizer) -> bool:
+    """Tell whether a step is the gradient times the learning rate, and nothing else."""
+    return _names(optimizer) == ["sgd"]
+
+
+def add(e: Emit, params: Sequence[str], steps: Sequence[str]) -> list[str]:
+    """Emit ``p + step``, the steps being scaled already, and return the new parameters' names."""
+    return [e.Add(p, s) for p, s in zip(params, steps, strict=True)]
+
+
+def is_even(optimizer: Optimizer) -> bool:
+    """Tell whether each element is served as any other, whichever tensor it is in.
+
+    A clip is too, but devices look for the one product of each gradient that proves it.
+    """
+    return set(_names(optimizer)) <= {"sgd", "momentum", "adam"}
+
+
+def _names(optimizer: Optimizer) -> list[str]:
+    return [str(part[0]) for part in optimizer.spec if isinstance(part, list)]
+
+
 def proximal(
     e: Emit, grads: Sequence[str], params: Sequence[str], mu: str, anchors: Sequence[str]
 ) -> list[str]:

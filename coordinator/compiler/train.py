@@ -15,6 +15,7 @@ import numpy as np
 
 import coordinator.compiler.rewrites
 import coordinator.compiler.rules  # noqa: F401  both fill their tables
+from coordinator.compiler import joint
 from coordinator.compiler.accumulate import accumulated, shared
 from coordinator.compiler.channels import turn
 from coordinator.compiler.dequant import (
@@ -25,8 +26,9 @@ from coordinator.compiler.dequant import (
 )
 from coordinator.compiler.emit import Emit
 from coordinator.compiler.graph import Graph, Value
-from coordinator.compiler.losses import Loss
-from coordinator.compiler.optim import Optimizer, Slot, descend, proximal
+from coordinator.compiler.inplace import start_products_from_sums
+from coordinator.compiler.losses import Learned, Loss
+from coordinator.compiler.optim import Optimizer, Slot, is_plain, proximal
 from coordinator.compiler.passes import drop_unused, rename, simplify
 from coordinator.compiler.ranges import ROLE, SLOWED, step
 from coordinator.compiler.rewrite import rewritten
@@ -110,6 +112,8 @@ def train_graph(
     e.input("lr")
     made = loss.learn(e, opened.logits, "y")
     made = made if rows is None else shared(e, made)
+    is_step = is_plain(optimizer) and not is_proximal and rows is None  # gradients come as steps
+    made = _stepping(e, made) if is_step else made
     grads = backward(e, {opened.logits: made.gradient}, opened.leaves, rules or RULES)
     grads |= {leaf: e.Mul(grads[leaf], e.const(SLOWED)) for leaf in opened.ranges}
     mean, gradients = made.loss, [grads[leaf] for leaf in opened.leaves]
@@ -123,12 +127,22 @@ def train_graph(
         for anchor, (_, shape) in zip(anchors, opened.params, strict=True):
             e.input(anchor, np.float32, shape)
         gradients = proximal(e, gradients, params, e.input("mu"), anchors)
-    directions = optimizer.emit(e, gradients, states)
-    results = [mean, *descend(e, params, "lr", directions), *directions.slots]
+    moved = (
+        joint.plain_step(e, opened.params, gradients)
+        if is_step
+        else joint.step(e, optimizer, opened.params, gradients, states)
+    )
+    results = [mean, *moved.params, *moved.slots]
     names = ["loss", *(f"{name}.next" for name in (*params, *states))]
     order = ["x", "y", "lr", *params, *states, *(["mu", *anchors] if is_proximal else [])]
     shapes = {f"{p}.next": s for p, (_, s) in zip(params, opened.params, strict=True)}
     return _finished(e, results, names, order, shapes), slots
+
+
+def _stepping(e: Emit, made: Learned) -> Learned:
+    """Multiply a loss's gradient by -lr: what comes back through the layers are steps."""
+    scaled = e.Mul(made.gradient, e.Neg("lr"))
+    return made._replace(gradient=e.declare(scaled, e.shape(made.gradient)))
 
 
 def evaluate_graph(opened: Open, loss: Loss, *, target: Value) -> Graph:
@@ -148,7 +162,7 @@ def _finished(
     if len(set(results)) != len(results):
         results = [e.Identity(r) if r in results[:i] else r for i, r in enumerate(results)]
     graph = rename(e.graph(outputs=results, inputs=order), dict(zip(results, names, strict=True)))
-    graph = simplify(graph)
+    graph = start_products_from_sums(simplify(graph))
     outputs = tuple(
         replace(v, shape=shapes.get(v.name, v.shape if v.shape == () else None))
         if v.name in shapes or v.name in {"loss", "correct"}

@@ -57,7 +57,7 @@ def _backwards(e: Emit, weights: str, w: Window) -> str:
     if w.taps == 1:
         return weights
     flat = e.Gemm(e.Reshape(weights, e.ints(-1, w.taps)), e.const(np.eye(w.taps)[::-1]))
-    return e.Reshape(flat, e.ints(*e.dims(weights)))
+    return e.Reshape(flat, e.ints(*(e.static(weights) or ())))
 
 
 def _filter_swapped(e: Emit, x: str, g: str, layer: Layer) -> str:
