@@ -81,7 +81,9 @@ def _add_step(step: argparse.ArgumentParser) -> None:
     step.add_argument(
         "--engine", nargs="+", choices=[*ENGINES, "all"], default=("ort",), help="of ours (ort)"
     )
-    step.add_argument("--peer", nargs="+", choices=PEERS, default=PEERS[:1], help="rivals (torch)")
+    step.add_argument(
+        "--peer", nargs="+", choices=[*PEERS, "none"], default=PEERS[:1], help="rivals (torch)"
+    )
     step.add_argument("--peer-python", metavar="EXE", help="that has onnxruntime-training")
     step.add_argument("--tflite-python", metavar="EXE", help="that has tflite-runtime")
     step.add_argument("--device", action="store_true", help="memory of a device instead of time")
@@ -97,14 +99,15 @@ def _kind(
 
 
 def _step(args: argparse.Namespace) -> Tables:
+    engines = tuple(ENGINES) if "all" in args.engine else tuple(args.engine)
     if args.device:
         from coordinator.bench import device
 
-        model = "dscnn" if args.model is MODELS else args.model[0]
-        return {"device": [device.measure(model)]}
+        models = ["dscnn"] if args.model is MODELS else args.model
+        modes = ["all"] if args.mode is MODES else args.mode
+        return {"device": [device.measure(*w) for w in product(models, modes, engines)]}
     from coordinator.bench import step
 
-    engines = tuple(ENGINES) if "all" in args.engine else tuple(args.engine)
     rows: list[Mapping[str, Any]] = []
     for model, mode, batch in product(args.model, args.mode, args.batch):
         how = step.Settings(
@@ -112,7 +115,7 @@ def _step(args: argparse.Namespace) -> Tables:
             threads=args.threads,
             repeat=args.repeat,
             engines=engines,
-            peers=tuple(args.peer),
+            peers=tuple(name for name in args.peer if name != "none"),
             peer_python=args.peer_python,
             tflite_python=args.tflite_python,
         )

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import TypedDict
 
 from coordinator.bench import recipes
+from coordinator.bench.cases import MODES
 from coordinator.compiler import build, momentum
 from edge_sdk.bundle import Bundle
+from edge_sdk.engine import ENGINES
 from edge_sdk.errors import EngineError
 from edge_sdk.samples import Samples
 from edge_sdk.training import Budget, ChildTrainer, TrainJob
@@ -32,7 +34,7 @@ from edge_sdk.device import Device
 from edge_sdk.footprint import peak_kib
 from edge_sdk.model import open_model
 bundle = Bundle.load(Path(sys.argv[1]))
-model = open_model(bundle, bundle.member("params.bin"), 0)
+model = open_model(bundle, bundle.member("params.bin"), 0, engine=sys.argv[2])
 x = np.zeros(bundle.manifest["input"]["shape"][1:], bundle.manifest["input"]["dtype"])
 for _ in range(100):
     model.predict(x)
@@ -44,39 +46,48 @@ class DeviceMemory(TypedDict):
     """Peaks of resident memory, MiB."""
 
     model: str
+    mode: str
+    engine: str
     application_mib: float
     training_mib: float
     together_mib: float
 
 
-def measure(model: str = "dscnn") -> DeviceMemory:
-    """Predict in one process, then train all of the model in another.
+def measure(model: str = "dscnn", mode: str = "all", engine: str = "ort") -> DeviceMemory:
+    """Predict in one process, then train in another, on one engine.
 
-    Raises: EngineError when either ends early.
+    Raises: EngineError when either ends early; CompileError when the model has no graphs for it.
     """
-    loss = recipes.LOSSES.get(model, "cross_entropy")
     with tempfile.TemporaryDirectory(prefix="fedge-bench-") as place:
         folder = Path(place)
-        bundle = build(recipes.model(model), loss=loss, optimizer=momentum(0.9, lr=0.01))
+        bundle = build(
+            recipes.model(model),
+            loss=recipes.LOSSES.get(model, "cross_entropy"),
+            train=MODES[mode],
+            optimizer=momentum(0.9, lr=0.01),
+            engines=(ENGINES[engine].format,),
+        )
         bundle.save(folder / "task.fedge")
-        host, child = _host(folder), _training(bundle, folder)
+        host, child = _host(folder, engine), _training(bundle, folder, engine)
     return DeviceMemory(
         model=Path(model).stem,
+        mode=mode,
+        engine=engine,
         application_mib=host,
         training_mib=child,
         together_mib=host + child,
     )
 
 
-def _host(folder: Path) -> float:
-    command = [sys.executable, "-c", _HOST, str(folder / "task.fedge")]
+def _host(folder: Path, engine: str) -> float:
+    command = [sys.executable, "-c", _HOST, str(folder / "task.fedge"), engine]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise EngineError(f"the measured process failed: {done.stderr.strip()[-300:]}")
     return int(json.loads(done.stdout)) / 1024
 
 
-def _training(bundle: Bundle, folder: Path) -> float:
+def _training(bundle: Bundle, folder: Path, engine: str) -> float:
     weights = folder / "weights.bin"
     weights.write_bytes(bundle.member("params.bin"))
     x, y = recipes.examples(bundle, ROWS)
@@ -89,7 +100,6 @@ def _training(bundle: Bundle, folder: Path) -> float:
         capacity=ROWS,
     ) as samples:
         samples.extend(x, y)
-    job = TrainJob(
-        folder / "task.fedge", weights, folder / "samples", Budget(epochs=1, batch=BATCH)
-    )
+    budget = Budget(epochs=1, batch=BATCH)
+    job = TrainJob(folder / "task.fedge", weights, folder / "samples", budget, engine=engine)
     return ChildTrainer().train(job, threading.Event()).peak_bytes / (1 << 20)
