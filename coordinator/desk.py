@@ -33,12 +33,13 @@ from coordinator.rounds import (
     step,
 )
 from coordinator.sampling import buckets
-from coordinator.store import Resumed, StoredRound, StoredUpdate, Version
+from coordinator.store import Patch, Resumed, StoredRound, StoredUpdate, Version
 from coordinator.sums import AccumulatorFull
 from coordinator.task import Task
-from edge_sdk import codec, params
+from edge_sdk import codec, params, patches
+from edge_sdk.bounds import MAX_PATCHES
 from edge_sdk.bundle import Bundle
-from edge_sdk.codec import Lattice
+from edge_sdk.codec import Codec, Lattice
 from edge_sdk.errors import CodecError
 from edge_sdk.messages import Update
 from edge_sdk.types import Array
@@ -117,6 +118,8 @@ class Desk:
     folded: dict[tuple[int, str], StoredUpdate] = field(default_factory=dict)
     at_work: dict[str, Errand] = field(default_factory=dict)
     """Devices that were invited and have not been heard of since."""
+    patches: list[Patch] = field(default_factory=list)
+    """Those that lead to `version`, oldest first, as far back as they are worth taking."""
     base: int = 0
     """The version that the sum grows on: ahead of `version` while a commit is being stored."""
     _sum: Any = None
@@ -142,6 +145,10 @@ class Desk:
     def weights(self) -> Array:
         """Return the newest version's masters: float32, flat."""
         return np.frombuffer(self.version.params, "<f4").astype(np.float32)
+
+    def target(self) -> Array:
+        """Return what the newest version would be had its patches carried everything."""
+        return np.frombuffer(self.version.target or self.version.params, "<f4").astype(np.float32)
 
     def stored(self, number: int) -> StoredRound:
         """Return a recent round as it was opened."""
@@ -291,24 +298,41 @@ class Desk:
     def close(self, settled: Next) -> None:
         """Go on from what `settle` returned, once the store has it."""
         self.current = None
-        if settled.version is not None:
-            self.version = settled.version
+        if (version := settled.version) is not None:
+            self.version = version
+            self._remember(Patch(version.digest, version.patch))
+
+    def _remember(self, patch: Patch) -> None:
+        """Keep the patches that are worth more than the weights: together they are smaller."""
+        self.patches = [*self.patches, patch][-MAX_PATCHES:] if patch.body else []
+        while sum(len(p.body) for p in self.patches) >= len(self.version.params):
+            self.patches = self.patches[1:]
 
     def _advance(self) -> tuple[Array, bytes]:
         aggregator, server = self.task.strategy.aggregator, self.task.strategy.server
         with np.errstate(all="ignore"):  # what is not finite is caught by the caller
             mean = aggregator.result(self._sum)
             state = server.load(self.version.optimizer, self.size)
-            weights, state = server.step(self.weights(), mean, state)
+            weights, state = server.step(self.target(), mean, state)
         return weights, server.dump(state)
 
     def _committed(self, r: Round, weights: Array, optimizer: bytes) -> Next:
+        number, patch, target = self.version.number + 1, b"", b""
+        if (down := self.task.down) is not None:
+            target = weights.astype("<f4").tobytes()
+            patch = self._patch(down, weights, number)
+            weights = patches.apply(self.weights(), patch, self.bundle.shapes)
         data = weights.astype("<f4").tobytes()
         digest = hashlib.sha256(data).digest()
-        version = Version(self.version.number + 1, r.number, digest, data, optimizer)
+        version = Version(number, r.number, digest, data, optimizer, target, patch)
         norm = float(np.linalg.norm(weights.astype(np.float64) - self.weights()))
         result = self._result(r, "commit", "", version, norm)
         return Next(version, tuple(sorted(self.folded)), result)
+
+    def _patch(self, down: Codec, target: Array, number: int) -> bytes:
+        """Encode what leads from the newest weights to `target`, all that was lost included."""
+        delta = params.unflatten(target - self.weights(), self.bundle.shapes)
+        return down.encode(delta, down.init(self.bundle.shapes, seed=number))[0]
 
     def _step(self, number: int, event: Event) -> tuple[Action, ...]:
         r = self.rounds.get(number)
@@ -351,6 +375,8 @@ def begin(task: Task, bundle: Bundle, pace: Pace, resumed: Resumed, now_s: float
     """Rebuild a task from the store: the same rounds, the same sum, nothing counted twice."""
     desk = Desk(task, bundle, pace, resumed.call, resumed.version, base=resumed.version.number)
     desk._restart_sum()  # noqa: SLF001  # its own maker
+    for patch in resumed.patches:
+        desk._remember(patch)  # noqa: SLF001
     for stored in resumed.rounds:
         opened = Round(stored.number, stored.version, stored.cohort, stored.quorum, stored.goal)
         desk.open(stored, opened, now_s)

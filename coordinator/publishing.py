@@ -27,6 +27,12 @@ class Publisher:
         self.bytes_down = 0
         """Bytes handed to the broker; it multiplies retained ones by its subscribers."""
 
+    async def all(self, desk: Desk) -> None:
+        """Retain all that a device needs: a broker may have forgotten it."""
+        await self.bundle(desk)
+        await self.patches(desk)
+        await self.model(desk)
+
     async def bundle(self, desk: Desk) -> None:
         """Retain the bundle's parts."""
         bundle = desk.bundle
@@ -34,10 +40,18 @@ class Publisher:
         await self._parts(desk, chunks.parts("bundle", bundle.data, digest, 0))
 
     async def model(self, desk: Desk, state: Literal["open", "closed"] = "open") -> None:
-        """Retain the newest weights, then the offer that names them."""
+        """Retain the newest weights and the patch to them, then the offer that names them."""
         v = desk.version
         await self._parts(desk, chunks.parts("weights", v.params, v.digest, v.number))
+        if v.patch:
+            await self._parts(desk, chunks.parts("patch", v.patch, v.digest, v.number))
         await self.offer(desk, state)
+
+    async def patches(self, desk: Desk) -> None:
+        """Retain every patch that an offer may name."""
+        first = desk.version.number - len(desk.patches) + 1
+        for number, patch in enumerate(desk.patches, first):
+            await self._parts(desk, chunks.parts("patch", patch.body, patch.digest, number))
 
     async def offer(self, desk: Desk, state: Literal["open", "closed"] = "open") -> None:
         """Retain the task's offer."""
@@ -53,6 +67,7 @@ class Publisher:
             model_size=len(desk.version.params),
             key=self._signer.public,
             state=state,
+            patches=[len(patch.body) for patch in desk.patches],
         )
         await self._send(topics.offer(desk.task.name), offer, retain=True)
 
@@ -84,7 +99,10 @@ class Publisher:
     async def _parts(self, desk: Desk, parts: list[Part]) -> None:
         name = desk.task.name
         await asyncio.gather(
-            *(self._send(topics.part(name, p.what, p.index), p, retain=True) for p in parts)
+            *(
+                self._send(topics.part(name, p.what, p.index, p.version), p, retain=True)
+                for p in parts
+            )
         )
 
     async def _send(self, topic: str, message: Message, *, retain: bool = False) -> None:

@@ -77,6 +77,12 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         )""",
         "CREATE INDEX pending_updates ON updates (task) WHERE folded IS NULL",
     ),
+    (
+        # target: what the version would be without compression, where patches lead to it; patch:
+        # what made it of the version before.
+        "ALTER TABLE versions ADD COLUMN target BLOB",
+        "ALTER TABLE versions ADD COLUMN patch BLOB",
+    ),
 )
 
 

@@ -195,8 +195,7 @@ class Coordinator:
             self._intake.desks[task.name] = desk
             await self._link.subscribe(topics.up_filter(task.name))
             self._note_absent(desk)
-            await self._publisher.bundle(desk)
-            await self._publisher.model(desk)
+            await self._publisher.all(desk)
         except BaseException:
             self._running.discard(task.name)
             raise
@@ -356,14 +355,14 @@ class Coordinator:
             raise self._failed
 
     def _reconnected(self) -> None:
-        """Call the roll anew: the broker may have lost check-ins, invitations and updates."""
+        """Call the roll anew: the broker may have lost check-ins, updates and what it retained."""
         for name in sorted(self._running & self._intake.desks.keys()):
             self._spawn(self._call_roll(self._intake.desks[name]))
 
     async def _call_roll(self, desk: Desk) -> None:
         desk.call = await self._store.next_call(desk.task.name)
         self.fleet.recall(desk.task.name)
-        await self._publisher.offer(desk)
+        await self._publisher.all(desk)
 
     def _act(self, desk: Desk, actions: tuple[Action, ...]) -> None:
         for action in actions:

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 from coordinator.fleet import Known
 from coordinator.writer import ContradictionError, Writer
+from edge_sdk.bounds import MAX_PATCHES
 from edge_sdk.errors import ConfigError, StoreError
 
 SET_ASIDE = -1
@@ -25,13 +26,26 @@ SET_ASIDE = -1
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """One number of the global model: flat little-endian float32 masters and their sha256."""
+    """One number of the global model: flat little-endian float32 masters and their sha256.
+
+    `params` are what every device comes to. Where they come by patches, `patch` made them of the
+    version before, and `target` is what they would be had it carried everything.
+    """
 
     number: int
     round: int
     digest: bytes
     params: bytes
     optimizer: bytes
+    target: bytes = b""
+    patch: bytes = b""
+
+
+class Patch(NamedTuple):
+    """What leads from a version to the next, and the sha256 of the weights that it makes."""
+
+    digest: bytes
+    body: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +96,8 @@ class Resumed:
     rounds: tuple[StoredRound, ...]
     pending: tuple[StoredUpdate, ...]
     reports: tuple[StoredUpdate, ...]
+    patches: tuple[Patch, ...] = ()
+    """Those that lead to `version`, oldest first."""
 
 
 class Store:
@@ -140,7 +156,8 @@ class Store:
             pending = tuple(StoredUpdate(*row) for row in db.execute(_PENDING, (task,)))
             oldest = min((r.number for r in rounds), default=0)
             reports = tuple(StoredUpdate(*row) for row in db.execute(_REPORTS, (task, oldest)))
-            return Resumed(call, version, rounds, pending, reports)
+            patches = _patches(db, task, version.number)
+            return Resumed(call, version, rounds, pending, reports, patches)
 
         return await self._writer.run(work, urgent=True)
 
@@ -202,11 +219,13 @@ class Store:
 
         def work(db: sqlite3.Connection) -> None:
             v = version
-            row = (task, v.number, v.round, v.digest, v.params, v.optimizer, task, v.number - 1)
+            row = (task, v.number, v.round, v.digest, v.params, v.optimizer)
+            row = (*row, v.target or None, v.patch or None, task, v.number - 1)
             if db.execute(_ADD_VERSION, row).rowcount != 1:
                 raise ContradictionError(f"task {task}: version {v.number} is not the next one")
             _close_round(db, task, v.round, "commit", result)
             _mark(db, task, v.number, pairs)
+            db.execute(_DROP_TARGETS, (task, v.number))  # only the newest is built upon
             self._prune(db, task, v.number)
 
         await self._writer.run(work, urgent=True)
@@ -247,9 +266,11 @@ _REMEMBER = """INSERT INTO devices (device, key, name, sdk, boot, online) VALUES
     boot = excluded.boot, online = excluded.online,
     last_seen = CAST(strftime('%s', 'now') AS INTEGER)"""
 _DEVICES = "SELECT device, key, name, sdk, online, boot FROM devices ORDER BY device"
-_NEWEST = """SELECT version, round, digest, params, optimizer FROM versions
+_NEWEST = """SELECT version, round, digest, params, optimizer,
+    coalesce(target, x''), coalesce(patch, x'') FROM versions
     WHERE task = ? ORDER BY version DESC LIMIT 1"""
-_VERSION = """SELECT version, round, digest, params, optimizer FROM versions
+_VERSION = """SELECT version, round, digest, params, optimizer,
+    coalesce(target, x''), coalesce(patch, x'') FROM versions
     WHERE task = ? AND version = ? AND params IS NOT NULL"""
 _ROUNDS = """SELECT round, version, cohort, quorum, goal, deadline_s, seed, state FROM rounds
     WHERE task = :task AND (
@@ -270,14 +291,19 @@ _COUNT = """INSERT INTO updates (
     task, round, device, hash, version, examples, steps, loss, seconds, size, outcome, blob)
     VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (task, round, device) DO NOTHING"""
 _COUNTED = "SELECT outcome, hash FROM updates WHERE task = ? AND round = ? AND device = ?"
-_ADD_VERSION = """INSERT INTO versions (task, version, round, digest, params, optimizer)
-    SELECT ?, ?, ?, ?, ?, ? WHERE (SELECT max(version) FROM versions WHERE task = ?) = ?"""
+_PATCHES = """SELECT version, digest, patch FROM versions
+    WHERE task = ? AND version > ? AND patch IS NOT NULL ORDER BY version DESC"""
+_ADD_VERSION = """INSERT INTO versions
+    (task, version, round, digest, params, optimizer, target, patch)
+    SELECT ?, ?, ?, ?, ?, ?, ?, ? WHERE (SELECT max(version) FROM versions WHERE task = ?) = ?"""
 _CLOSE_ROUND = """UPDATE rounds SET state = ?, result = ?,
     closed_at = CAST(strftime('%s', 'now') AS INTEGER)
     WHERE task = ? AND round = ? AND state = 'open'"""
 _MARK = """UPDATE updates SET folded = ?
     WHERE task = ? AND round = ? AND device = ? AND folded IS NULL"""
-_PRUNE_VERSIONS = """UPDATE versions SET params = NULL, optimizer = NULL
+_DROP_TARGETS = """UPDATE versions SET target = NULL
+    WHERE task = ? AND version < ? AND target IS NOT NULL"""
+_PRUNE_VERSIONS = """UPDATE versions SET params = NULL, optimizer = NULL, patch = NULL
     WHERE task = ? AND version BETWEEN 1 AND ? AND params IS NOT NULL"""
 _PRUNE_UPDATES = """UPDATE updates SET blob = NULL
     WHERE task = ? AND folded BETWEEN 1 AND ? AND blob IS NOT NULL"""
@@ -304,6 +330,16 @@ def _create(db: sqlite3.Connection, task: str, bundle: bytes, first: Version) ->
 def _next_call(db: sqlite3.Connection, task: str) -> int:
     db.execute("UPDATE tasks SET call = call + 1 WHERE task = ?", (task,))
     return int(db.execute("SELECT call FROM tasks WHERE task = ?", (task,)).fetchone()[0])
+
+
+def _patches(db: sqlite3.Connection, task: str, newest: int) -> tuple[Patch, ...]:
+    """Return the unbroken line of patches that leads to `newest`."""
+    found: list[Patch] = []
+    for version, digest, patch in db.execute(_PATCHES, (task, newest - MAX_PATCHES)):
+        if version != newest - len(found):
+            break
+        found.append(Patch(digest, patch))
+    return tuple(reversed(found))
 
 
 def _round(row: tuple[Any, ...]) -> StoredRound:

@@ -29,6 +29,8 @@ class Task:
         bundle: a `.fedge` file or a loaded `Bundle`; it may not change in the life of a task.
         strategy: how updates become the next version.
         codec: a preset's name or a chain such as ``[["deadzone", 2.0], ["int8"]]``.
+        downlink: the codec of the patches by which devices come from version to version; what one
+            could not carry goes into the next. "dense" sends whole weights every time.
         epochs, steps, seconds: what a device may spend on a round; whichever ends first, None for
             no limit. One at least is given.
         batch: examples in a step.
@@ -48,6 +50,7 @@ class Task:
     bundle: Bundle | str | Path
     strategy: Strategy = field(default_factory=fedavg)
     codec: str | Spec = "default"
+    downlink: str | Spec = "default"
     epochs: int | None = 1
     steps: int | None = None
     seconds: float | None = None
@@ -62,7 +65,7 @@ class Task:
     def __post_init__(self) -> None:
         try:
             topics.checked_task(self.name)
-            _ = self.codec_spec
+            _ = self.codec_spec, self.down
         except (MessageError, CodecError) as error:
             raise ConfigError(f"task {self.name}: {error}") from error
         for name in ("epochs", "steps", "batch", "max_examples"):
@@ -98,6 +101,12 @@ class Task:
     def codec_spec(self) -> Spec:
         """The codec as an invitation spells it: a list of stages, presets resolved."""
         return codecs.from_spec(self.codec).spec
+
+    @property
+    def down(self) -> codecs.Codec | None:
+        """The codec of patches; None where there are none."""
+        found = codecs.from_spec(self.downlink)
+        return None if found.spec == [["dense"]] else found
 
     @property
     def pull(self) -> float | None:

@@ -116,6 +116,7 @@ class Agent:
         self._invites: dict[int, Invite] = {}
         self._fetching = Fetching(settings.task, store, local, transport)
         self._errand = Errand(trainer, store.train, self._on_trained)
+        self._offer: Offer | None = None
         self._trained: dict[int, TrainResult] = {}
         self._in_training: set[str] = set()  # digests of what the child reads
         self._conditions_at = self._status_at = self._bad_logged_at = float("-inf")
@@ -278,6 +279,7 @@ class Agent:
         self._trust.check(message, signed)
         match message:
             case Offer():
+                self._offer = message
                 return [_offered(message)]
             case Invite():
                 return self._invited(message, arrived_at)
@@ -330,7 +332,8 @@ class Agent:
             case ev.CheckIn(call, ready, examples):
                 self._say("checkin", messages.CheckIn(call, ready, examples))
             case ev.Fetch():
-                return self._fetching.begin(action, self._session.bundle, self._session.now)
+                bundle, now = self._session.bundle, self._session.now
+                return self._fetching.begin(action, bundle, self._offer, now)
             case ev.SwitchModel():
                 return self._switch(action)
             case ev.Train(round_):

@@ -12,6 +12,8 @@ from edge_sdk.types import Spec
 
 MAX_PART_BYTES = 2**30
 MAX_SLICES = 65_535
+MAX_PATCHES = 32
+"""How many versions back an offer may have patches for."""
 MAX_SECONDS = 31 * 86_400.0
 
 
@@ -81,6 +83,11 @@ def _is_flag(value: object) -> bool:
     return isinstance(value, bool)
 
 
+def _are_sizes(value: object) -> bool:
+    size = _integer(1, MAX_PART_BYTES)
+    return isinstance(value, list) and len(value) <= MAX_PATCHES and all(map(size.holds, value))
+
+
 def _is_spec(value: object) -> bool:
     return isinstance(value, list) and 0 < len(value) <= 16 and _is_plain(value, 5)
 
@@ -122,9 +129,13 @@ Hash16: TypeAlias = Annotated[bytes, _hash(16)]
 Hash32: TypeAlias = Annotated[bytes, _hash(32)]
 OfferState: TypeAlias = Annotated[str, _one_of("open", "closed")]
 Outcome: TypeAlias = Annotated[str, _one_of("counted", "late", "stale", "refused", "duplicate")]
-PartKind: TypeAlias = Annotated[str, _one_of("bundle", "weights")]
+PartKind: TypeAlias = Annotated[str, _one_of("bundle", "weights", "patch")]
 CodecSpec: TypeAlias = Annotated[Spec, Bound("a codec, as lists of names and numbers", _is_spec)]
 MaybeNatural: TypeAlias = Annotated[int | None, _maybe(_NATURAL)]
 MaybeReal: TypeAlias = Annotated[float | None, _maybe(_REAL)]
 MaybeSeconds: TypeAlias = Annotated[float | None, _maybe(_SECONDS)]
+MaybeSizes: TypeAlias = Annotated[
+    list[int] | None,
+    _maybe(Bound(f"up to {MAX_PATCHES} sizes in bytes", _are_sizes)),
+]
 MaybeHash16: TypeAlias = Annotated[bytes | None, _maybe(_hash(16))]

@@ -27,13 +27,13 @@ def split(frame: bytes, max_packet: int = MAX_FRAME) -> list[Chunk]:
 
 
 def parts(
-    what: Literal["bundle", "weights"],
+    what: Literal["bundle", "weights", "patch"],
     data: bytes,
     digest: bytes,
     version: int,
     max_packet: int = MAX_FRAME,
 ) -> list[Part]:
-    """Cut a bundle or the weights into parts to be retained; `digest` is the one in the offer."""
+    """Cut a bundle, weights or a patch into parts to be retained; `digest` as in `Part`."""
     size = len(data)
     count = slices(size, max_packet)
     cuts = (slice_of(i, count, size) for i in range(count))
@@ -148,13 +148,20 @@ class Assembler:
 
 
 class Parts:
-    """Gathers the bundle or the weights that an offer names; memory is bounded by that offer.
+    """Gathers what an offer names; memory is bounded by that offer.
 
-    The weights are hashed here. A bundle's digest is of its manifest: `Bundle` checks it.
+    The weights are hashed here. A bundle's digest is of its manifest: `Bundle` checks it. A patch
+    is known by the version that it makes; what it makes of the weights is hashed once it is done.
     """
 
-    def __init__(self, what: Literal["bundle", "weights"], digest: bytes, size: int) -> None:
-        self.what, self.digest, self.size = what, digest, size
+    def __init__(
+        self,
+        what: Literal["bundle", "weights", "patch"],
+        digest: bytes,
+        size: int,
+        version: int | None = None,
+    ) -> None:
+        self.what, self.digest, self.size, self.version = what, digest, size, version
         self._count = 0
         self._held: dict[int, bytes] = {}
 
@@ -163,12 +170,17 @@ class Parts:
 
         Raises: MessageError when the whole does not hash to the offer's digest; all is dropped.
         """
-        if (part.what, part.digest, part.size) != (self.what, self.digest, self.size):
+        if (part.what, part.size) != (self.what, self.size) or not self._is_it(part):
             return None
         if part.count != self._count:  # the coordinator cut it anew: begin again
             self._count, self._held = part.count, {}
         self._held[part.index] = part.body
         return self._whole() if len(self._held) == self._count else None
+
+    def _is_it(self, part: Part) -> bool:
+        if self.version is not None:
+            return part.version == self.version
+        return part.digest == self.digest
 
     @property
     def missing(self) -> list[int] | None:

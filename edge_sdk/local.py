@@ -25,6 +25,7 @@ from edge_sdk.model_file import ModelFile
 from edge_sdk.samples import Samples
 from edge_sdk.store import ModelName, Store
 from edge_sdk.trainer import Feed
+from edge_sdk.types import Shapes
 
 log = logging.getLogger(__name__)
 
@@ -176,6 +177,19 @@ class Local:
         if is_initial:
             self._store.put_weights(initial)
         return is_initial
+
+    def base(self, bundle: str) -> tuple[int, bytes, Shapes] | None:
+        """Return the version of a bundle that is nearest at hand, its weights and their shapes.
+
+        That of the model in use, else the one that the bundle came with; None without the bundle.
+        """
+        if (found := self._bundle(bundle)) is None:
+            return None
+        model = self.model
+        data = self._store.weights(model.weights) if model and model.bundle == bundle else None
+        if model is None or data is None:
+            return 0, found.member(PARAMS), found.shapes
+        return model.version, data, found.shapes
 
     def check(self, bundle: Bundle) -> None:
         """Pass a bundle whose graphs may run here; the answer is remembered.

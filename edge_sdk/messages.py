@@ -29,6 +29,7 @@ from edge_sdk.bounds import (
     MaybeNatural,
     MaybeReal,
     MaybeSeconds,
+    MaybeSizes,
     Natural,
     OfferState,
     Outcome,
@@ -87,6 +88,8 @@ class Offer:
     key: Hash32
     """The coordinator's public key."""
     state: OfferState
+    patches: MaybeSizes = None
+    """Sizes of the patches that lead to `version`, the last to `version` itself, bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,11 +160,11 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One slice of the bundle or of the weights. Retained."""
+    """One slice of the bundle, of the weights or of a patch. Retained."""
 
     what: PartKind
     digest: Hash32
-    """As in the offer: of the bundle or of the weights."""
+    """As in the offer: of the bundle or of the weights. Of a patch: of the weights it makes."""
     version: Word32
     index: Word32
     count: SliceCount
@@ -351,5 +354,7 @@ def _check_address(message: Message, address: topics.Address) -> None:
         fits = fits and address.task == message.task
     elif isinstance(message, Part):
         fits = fits and (address.what, address.index) == (message.what, message.index)
+        if message.what == "patch":
+            fits = fits and address.slot == topics.slot(message.version)
     if not fits:
         raise MessageError(f"{type(message).__name__}: it does not belong on its topic {address}")

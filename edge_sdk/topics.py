@@ -16,11 +16,14 @@ PREFIX = "fedge/1"
 SHARDS = 256
 UP_KINDS = ("checkin", "update", "chunk")
 DOWN_KINDS = ("invite", "receipt")
-PART_KINDS = {"bundle": "b", "weights": "w"}
+PART_KINDS = {"bundle": "b", "weights": "w", "patch": "p"}
+SLOTS = 64
+"""Patches that are retained at a time: twice as many as an offer may name."""
 MAX_PARTS = 65_535
 
 _TASK = re.compile(r"[a-z0-9-]{1,20}\Z")
 _DEVICE = re.compile(r"d[0-9a-f]{15}\Z")
+_PATCH = re.compile(r"p([0-5][0-9]|6[0-3])\Z")
 _INDEX = re.compile(r"(0|[1-9][0-9]{0,4})\Z")
 
 
@@ -33,8 +36,10 @@ class Address:
     task: str = ""
     device: str = ""
     what: str = ""
-    """For a part: bundle or weights."""
+    """For a part: bundle, weights or patch."""
     index: int = 0
+    slot: int = 0
+    """For a part of a patch."""
 
 
 def shard(device: str) -> int:
@@ -47,11 +52,17 @@ def offer(task: str) -> str:
     return f"{PREFIX}/t/{checked_task(task)}/offer"
 
 
-def part(task: str, what: str, index: int) -> str:
-    """Return where slice `index` of the bundle or of the weights is retained."""
+def slot(version: int) -> int:
+    """Return which of the places of patches the one that makes `version` is retained at."""
+    return version % SLOTS
+
+
+def part(task: str, what: str, index: int, version: int = 0) -> str:
+    """Return where slice `index` of the bundle, the weights or the patch to `version` is."""
     if what not in PART_KINDS or not 0 <= index < MAX_PARTS:
-        raise MessageError(f"expected a part of bundle or weights, got {what!r:.20} {index}")
-    return f"{PREFIX}/t/{checked_task(task)}/model/{PART_KINDS[what]}/{index}"
+        raise MessageError(f"expected a part of bundle, weights or patch, got {what!r:.20} {index}")
+    place = f"{slot(version):02}" if what == "patch" else ""
+    return f"{PREFIX}/t/{checked_task(task)}/model/{PART_KINDS[what]}{place}/{index}"
 
 
 def up(task: str, device: str, kind: str) -> str:
@@ -79,9 +90,9 @@ def down_filter(task: str, device: str) -> str:
     return f"{PREFIX}/t/{checked_task(task)}/dn/{checked_device(device)}/+"
 
 
-def parts_filter(task: str, what: str) -> str:
-    """Return the filter of all slices of the bundle or of the weights."""
-    return part(task, what, 0).removesuffix("0") + "+"
+def parts_filter(task: str, what: str, version: int = 0) -> str:
+    """Return the filter of all slices of the bundle, the weights or the patch to `version`."""
+    return part(task, what, 0, version).removesuffix("0") + "+"
 
 
 def up_filter(task: str = "+") -> str:
@@ -148,6 +159,8 @@ def _parse_task(task: str, rest: list[str]) -> Address | None:
         case ["model", ("b" | "w") as what, index] if _INDEX.match(index):
             full = "bundle" if what == "b" else "weights"
             return Address("part", task, what=full, index=int(index))
+        case ["model", place, index] if _PATCH.match(place) and _INDEX.match(index):
+            return Address("part", task, what="patch", index=int(index), slot=int(place[1:]))
         case ["up", slot, device, kind] if kind in UP_KINDS and _DEVICE.match(device):
             return Address(kind, task, device) if slot == str(shard(device)) else None
         case ["dn", device, kind] if kind in DOWN_KINDS and _DEVICE.match(device):

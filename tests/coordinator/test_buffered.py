@@ -36,7 +36,7 @@ def buffer(size: int = 2, concurrency: int = 4, count: int | None = 3, stale: in
 
 
 def task(**changes: object) -> Task:
-    return Task("t", BUNDLE, codec="dense", **changes)  # type: ignore[arg-type]
+    return Task("t", BUNDLE, codec="dense", downlink="dense", **changes)  # type: ignore[arg-type]
 
 
 def working(devices: list[FakeDevice], count: int) -> Callable[[], bool]:

@@ -21,7 +21,7 @@ from coordinator.aggregators import Report
 from coordinator.desk import first_version
 from coordinator.strategy import Strategy, fedadam
 from coordinator.task import Task
-from edge_sdk import codec, params, topics
+from edge_sdk import codec, params, patches, topics
 
 ROUNDS = 4
 PACE = pacing.rounds(cohort=5, quorum=3, deadline_s=60, count=ROUNDS)
@@ -31,6 +31,7 @@ def replayed(folder: Path, strategy: Strategy) -> list[bytes]:
     """Rebuild every version from the updates that the journal says it holds."""
     size = params.count(BUNDLE.shapes)
     weights = params.flatten(BUNDLE.params(), BUNDLE.shapes)
+    target, down = weights, codec.preset("default")
     state = strategy.server.init(size)
     digests = []
     with sqlite3.connect(folder / "coordinator.db") as db:
@@ -42,7 +43,10 @@ def replayed(folder: Path, strategy: Strategy) -> list[bytes]:
                 report = Report(examples, discount=strategy.discount(version - 1 - base))
                 total = strategy.aggregator.add(total, codec.lattice(blob, BUNDLE.shapes), report)
             mean = strategy.aggregator.result(total)
-            weights, state = strategy.server.step(weights, mean, state)
+            target, state = strategy.server.step(target, mean, state)
+            delta = params.unflatten(target - weights, BUNDLE.shapes)
+            patch, _ = down.encode(delta, down.init(BUNDLE.shapes, seed=version))
+            weights = patches.apply(weights, patch, BUNDLE.shapes)
             digests.append(hashlib.sha256(weights.astype("<f4").tobytes()).digest())
     db.close()
     return digests

@@ -34,7 +34,8 @@ def pace(cohort: int = 4, quorum: int = 2, count: int | None = 3, deadline_s: fl
 
 
 def task(name: str = "t", **changes: object) -> Task:
-    return Task(name, BUNDLE, codec="dense", **changes)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"codec": "dense", "downlink": "dense"}
+    return Task(name, BUNDLE, **(options | changes))
 
 
 def play(tmp_path: Path, story: Story) -> World:

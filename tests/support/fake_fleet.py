@@ -134,7 +134,9 @@ class FakeDevice:
                 self.receipts.append(message)
                 self.outbox.pop(message.update, None)
             case messages.Part():
-                self.parts[task, message.what, message.index] = message
+                place = f"patch{topics.slot(message.version):02}"
+                what = place if message.what == "patch" else message.what
+                self.parts[task, what, message.index] = message
 
 
 class World:

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Versions go down as patches; the coordinator and every device come to the same bits."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_fleet import BUNDLE, FakeDevice, World
+
+from coordinator import pacing
+from coordinator.pacing import Pace
+from coordinator.task import Task
+from edge_sdk import params, patches, topics
+from edge_sdk.errors import ConfigError
+
+COUNT = params.count(BUNDLE.shapes)
+
+
+def play(tmp_path: Path, story: Callable[[World], Awaitable[None]]) -> None:
+    async def main() -> None:
+        await story(World(tmp_path / "store"))
+
+    asyncio.run(main())
+
+
+def pace(count: int) -> Pace:
+    return pacing.rounds(cohort=2, deadline_s=60, count=count)
+
+
+def task(**changes: object) -> Task:
+    return Task("t", BUNDLE, codec="dense", **changes)  # type: ignore[arg-type]
+
+
+async def train(world: World, devices: list[FakeDevice], rounds: range) -> None:
+    for number in rounds:
+        await world.until(
+            lambda n=number: all(d.invites and d.invites[-1][1].round == n for d in devices)
+        )
+        for device in devices:
+            device.report(number)
+        await world.until(lambda n=number: world.results and world.results[-1].number == n)
+
+
+def patched(device: FakeDevice, first: int, last: int) -> bytes:
+    """Come from the bundle's weights to version `last` by what is retained from `first` on."""
+    weights = params.flatten(BUNDLE.params(), BUNDLE.shapes)
+    for version in range(first, last + 1):
+        body = device.parts["t", f"patch{topics.slot(version):02}", 0].body
+        weights = patches.apply(weights, body, BUNDLE.shapes)
+    return weights.astype("<f4").tobytes()
+
+
+def listen(world: World, index: int = 9) -> FakeDevice:
+    """A device that hears every patch, also those from before it came."""
+    late = FakeDevice(world.broker, index)
+    late.start()
+    late.checks_in = False
+    late.transport.subscribe(*(topics.parts_filter("t", "patch", v) for v in range(topics.SLOTS)))
+    return late
+
+
+def test_patches_lead_from_the_bundles_weights_to_every_version(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        devices = world.devices(2)
+        async with world.coordinator((task(), pace(4))):
+            await train(world, devices, range(1, 5))
+            late = listen(world)
+            await world.until(lambda: late.offers and len(late.parts) >= 4)
+            offer = late.offers["t"]
+            assert len(offer.patches or []) == 4
+            assert hashlib.sha256(patched(late, 1, 4)).digest() == offer.model
+            assert sum(offer.patches or []) < 4 * 4 * COUNT
+
+    play(tmp_path, story)
+
+
+def test_a_restart_and_a_forgetful_broker_cost_no_patch(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        devices = world.devices(2)
+        async with world.coordinator((task(), pace(2))):
+            await train(world, devices, range(1, 3))
+        async with world.coordinator((task(), pace(3))):
+            world.broker.stop(forget=True)
+            world.broker.resume()
+            for device in devices:
+                device.send(device.status(online=True), topics.status(device.id), retain=True)
+            await train(world, devices, range(3, 4))
+            late = listen(world)
+            await world.until(lambda: late.offers and len(late.parts) >= 3)
+            assert hashlib.sha256(patched(late, 1, 3)).digest() == late.offers["t"].model
+
+    play(tmp_path, story)
+
+
+def test_what_a_patch_loses_is_not_lost(tmp_path: Path) -> None:
+    """With compression the model follows what it would be without; the gap does not grow."""
+
+    async def story(world: World) -> None:
+        devices = world.devices(2)
+        async with world.coordinator((task(), pace(8))) as coordinator:
+            gaps = []
+            for number in range(1, 9):
+                await train(world, devices, range(number, number + 1))
+                desk = coordinator._intake.desks["t"]
+                gaps.append(float(np.linalg.norm(desk.target() - desk.weights())))
+            assert max(gaps[4:]) < 3 * max(gaps[:4])
+
+    play(tmp_path, story)
+
+
+def test_dense_sends_weights_and_no_patches(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        devices = world.devices(2)
+        async with world.coordinator((task(downlink="dense"), pace(2))):
+            await train(world, devices, range(1, 3))
+            await world.until(lambda: devices[0].offers["t"].version == 2)
+            assert devices[0].offers["t"].patches == []
+
+    play(tmp_path, story)
+
+
+def test_a_downlink_that_makes_no_sense_is_refused() -> None:
+    with pytest.raises(ConfigError, match="expected a stage among"):
+        task(downlink=[["zip"]])
