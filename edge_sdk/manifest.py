@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -197,9 +197,11 @@ _MEMBER = _fields(
         "size": _COUNT,
     }
 )
+_CUT = _fields({"axis": _INDEX, "of": _SIZE, "at": _list(_SIZE, MAX_NUMBERS)})
 _PATCH: dict[str, Check] = {
     "float32": _fields(
-        {"param": _INDEX, "kind": _ANY, "offset": _OFFSET, "order": _ORDER}, optional=("order",)
+        {"param": _INDEX, "kind": _ANY, "offset": _OFFSET, "order": _ORDER, "rows": _CUT},
+        optional=("order", "rows"),
     ),
     "range": _fields({"param": _INDEX, "kind": _ANY, "offset": _OFFSET}),
     "quantized": _fields(
@@ -213,8 +215,9 @@ _PATCH: dict[str, Check] = {
             "axis": _or_null(_INDEX),
             "zero_point": _either(_list(_LEVEL, MAX_NUMBERS), _LEVEL),
             "order": _ORDER,
+            "rows": _CUT,
         },
-        optional=("order",),
+        optional=("order", "rows"),
     ),
     "bias": _fields(
         {
@@ -228,8 +231,9 @@ _PATCH: dict[str, Check] = {
             "input": _INDEX,
             "weight": _INDEX,
             "weight_scale": _list(_SCALE, MAX_NUMBERS),
+            "rows": _CUT,
         },
-        optional=("input", "weight", "weight_scale", "shape"),
+        optional=("input", "weight", "weight_scale", "shape", "rows"),
     ),
 }
 
@@ -359,6 +363,9 @@ def _spans(field: str, patch: Mapping[str, Any], shapes: list[list[int]]) -> lis
     if param is None and "shape" not in patch:
         _fail(f"{field}.shape", "a shape, as no parameter gives one", None)
     shape = patch["shape"] if param is None else shapes[param]
+    if "rows" in patch:
+        _check_rows(f"{field}.rows", patch["rows"], shape)
+        shape = whole_shape(patch, shape)
     at, numbers = patch["offset"], math.prod(shape)
     order = patch.get("order", range(len(shape)))
     if sorted(order) != list(range(len(shape))):
@@ -378,8 +385,25 @@ def _spans(field: str, patch: Mapping[str, Any], shapes: list[list[int]]) -> lis
     return [(at, at + width * numbers), (scale_at, scale_at + 4 * scales)]
 
 
+def whole_shape(patch: Mapping[str, Any], shape: Sequence[int]) -> list[int]:
+    """Return the shape of the tensor that a patch writes to, of which a parameter may be rows."""
+    rows = patch.get("rows")
+    return [rows["of"] if rows and i == rows["axis"] else d for i, d in enumerate(shape)]
+
+
+def _check_rows(field: str, rows: Mapping[str, Any], shape: list[int]) -> None:
+    at, axis = rows["at"], rows["axis"]
+    if axis >= len(shape) or shape[axis] != len(at):
+        _fail(f"{field}.at", f"an index for each along axis {axis} of {shape}", at)
+    if at != sorted(set(at)) or (at and at[-1] >= rows["of"]):
+        _fail(f"{field}.at", f"indices below {rows['of']}, rising", at)
+
+
 def _check_quantized(field: str, patch: Mapping[str, Any], shape: list[int]) -> None:
-    axis = patch["axis"]
+    """Check scales and zero points; `shape`: of the whole tensor, also where rows of it learn."""
+    axis, rows = patch["axis"], patch.get("rows")
+    if rows and axis != rows["axis"]:
+        _fail(f"{field}.axis", f"{rows['axis']}, so that each row has a scale of its own", axis)
     if axis is not None and axis >= len(shape):
         _fail(f"{field}.axis", f"an axis of {shape}", axis)
     scales = 1 if axis is None else shape[axis]
@@ -388,14 +412,17 @@ def _check_quantized(field: str, patch: Mapping[str, Any], shape: list[int]) -> 
     info = np.iinfo(patch["dtype"])
     points = patch["zero_point"]
     points = points if isinstance(points, list) else [points]
-    if len(points) not in {1, scales} or not all(info.min <= z <= info.max for z in points):
-        _fail(f"{field}.zero_point", f"1 or {scales} values of {patch['dtype']}", points)
+    learning = len(rows["at"]) if rows else scales
+    if len(points) not in {1, learning} or not all(info.min <= z <= info.max for z in points):
+        _fail(f"{field}.zero_point", f"1 or {learning} values of {patch['dtype']}", points)
 
 
 def _check_bias(field: str, patch: Mapping[str, Any], shape: list[int]) -> None:
     if ("weight" in patch) == ("weight_scale" in patch):
         _fail(f"{field}.weight", "weight or weight_scale, one of the two", patch.get("weight"))
-    scales = patch["scales"]
+    scales, rows = patch["scales"], patch.get("rows")
+    if rows and patch["param"] is None:
+        _fail(f"{field}.rows", "no rows, as no parameter has them", rows["at"])
     if scales not in {1, math.prod(shape)}:
         _fail(f"{field}.scales", f"1 or {math.prod(shape)}", scales)
     if "weight_scale" in patch and len(patch["weight_scale"]) not in {1, scales}:

@@ -4,13 +4,14 @@
 The scale of a quantized tensor follows its master: max(max(W)/(qmax-zp), max(-W)/(zp-qmin), TINY),
 with int8's qmin at -127; then q = clip(rint(W/scale) + zp). A scale kept from before training costs
 most of what was learned. int32 biases follow the scales of their weight and of their layer's input.
-A learned range is a parameter that says how far an activation's step is above what it was. A tensor
-whose master is bit-equal to its initial value keeps its original bytes, so an untrained model comes
-out as it came.
+A learned range is a parameter that says how far an activation's step is above what it was. Where a
+parameter is some rows of a tensor, the others keep their values. A tensor whose master is bit-equal
+to its initial value keeps its original bytes, so an untrained model comes out as it came.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from edge_sdk.bundle import Bundle
 from edge_sdk.errors import BundleError
+from edge_sdk.manifest import whole_shape
 from edge_sdk.params import flatten
 from edge_sdk.types import Array, Params
 
@@ -51,7 +53,7 @@ def requantize(bundle: Bundle, params: Params, format: str = "onnx") -> bytes:  
     by_param = {p["param"]: p for p in patches if p["kind"] in {"quantized", "range"}}
     for patch in patches:
         if patch["kind"] == "float32" and changed[patch["param"]]:
-            _put(model, patch["offset"], _laid_out(patch, values[patch["param"]]).astype("<f4"))
+            _write(model, patch, values[patch["param"]].astype("<f4"))
         elif patch["kind"] == "quantized" and changed[patch["param"]]:
             _quantized(model, patch, values[patch["param"]])
         elif patch["kind"] == "range" and changed[patch["param"]]:
@@ -133,8 +135,9 @@ def _quantized(model: bytearray, patch: Patch, weight: Array) -> None:
     if axis is None:
         zero = zero.reshape(())
     scale = scale_of(weight, dtype, axis, zero)
-    _put(model, patch["offset"], _laid_out(patch, quantize(weight, scale, dtype, axis, zero)))
-    _put(model, patch["scale_offset"], np.broadcast_to(scale, patch["scales"]).astype("<f4"))
+    _write(model, patch, quantize(weight, scale, dtype, axis, zero))
+    scales = np.frombuffer(model, "<f4", patch["scales"], patch["scale_offset"])
+    scales[patch["rows"]["at"] if "rows" in patch else slice(None)] = scale
 
 
 def _is_changed(patch: Patch, changed: list[bool]) -> bool:
@@ -142,13 +145,17 @@ def _is_changed(patch: Patch, changed: list[bool]) -> bool:
 
 
 def _bias_values(model: bytearray, patch: Patch, values: list[Array]) -> NDArray[np.float64]:
-    """Return a trained bias's master, or a frozen one's value as the model holds it."""
-    if patch["param"] is not None:
-        return values[patch["param"]].astype(np.float64).ravel()
-    size = int(np.prod(patch["shape"], dtype=np.int64))
+    """Return a trained bias's master; what is frozen of it, as the model holds it."""
+    i, rows = patch["param"], patch.get("rows")
+    if i is not None and rows is None:
+        return values[i].astype(np.float64).ravel()
+    size = rows["of"] if rows else int(np.prod(patch["shape"], dtype=np.int64))
     levels = np.frombuffer(model, "<i4", size, patch["offset"]).astype(np.float64)
     scale = np.frombuffer(model, "<f4", patch["scales"], patch["scale_offset"])
-    return np.asarray(levels * scale, np.float64)
+    bias = np.asarray(levels * scale, np.float64)
+    if i is not None and rows:
+        bias[rows["at"]] = values[i]
+    return bias
 
 
 def _bias(
@@ -171,6 +178,20 @@ def _bias_scale(model: bytearray, patch: Patch, by_param: Mapping[int, Patch]) -
         at, n = weight["scale_offset"], weight["scales"]
         weight_scale = np.frombuffer(model, "<f4", n, at).astype(np.float32)
     return np.asarray(np.maximum(input_scale * weight_scale, TINY))
+
+
+def _write(model: bytearray, patch: Patch, values: NDArray[Any]) -> None:
+    """Write a parameter's numbers; where it is rows of a tensor, the others keep theirs."""
+    laid_out, rows = _laid_out(patch, values), patch.get("rows")
+    if rows is None:
+        return _put(model, patch["offset"], laid_out)
+    order = patch.get("order", range(values.ndim))
+    full = whole_shape(patch, values.shape)
+    shape = [full[i] for i in order]
+    whole = np.frombuffer(model, values.dtype, math.prod(shape), patch["offset"]).reshape(shape)
+    axis = list(order).index(rows["axis"])
+    np.moveaxis(whole, axis, 0)[rows["at"]] = np.moveaxis(laid_out, axis, 0)
+    return None
 
 
 def _put(model: bytearray, offset: int, values: NDArray[Any]) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from edge_sdk.errors import RefusedError
 from edge_sdk.graphview import GraphView, Operation, Stored, shown
 from edge_sdk.limits import Limits
+from edge_sdk.manifest import whole_shape
 from edge_sdk.onnxschema import DTYPES, STRING
 
 _SHAPE_INPUT = {"ConstantOfShape": 0, "Expand": 1, "FILL": 0, "BROADCAST_TO": 1}
@@ -66,7 +67,8 @@ def check_patches(patches: Sequence[Mapping[str, Any]], params: Any, predict: Gr
     for i, patch in enumerate(patches):
         shape = patch["shape"] if patch["param"] is None else shapes[patch["param"]]
         dtype = _WRITES.get(patch["kind"]) or patch["dtype"]
-        _check_place(f"patches[{i}]", places.get(patch["offset"], []), dtype, math.prod(shape))
+        whole = math.prod(whole_shape(patch, shape))
+        _check_place(f"patches[{i}]", places.get(patch["offset"], []), dtype, whole)
         if "scale_offset" in patch:
             found = places.get(patch["scale_offset"], [])
             _check_place(f"patches[{i}] scale", found, "float32", patch["scales"])

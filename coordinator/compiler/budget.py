@@ -3,7 +3,8 @@
 
 Every limit is compared with what the manifest's cost table says. Selections are tried from the
 widest: all, then the last k layers, biases, the last layer. Costs hardly ever fall as a selection
-widens, so the last k are searched by halving. Of the ways to go about a batch (at once, in slices,
+widens, so the last k are searched by halving. Where a selection is too much, the channels of it
+that contribute most may do. Of the ways to go about a batch (at once, in slices,
 with activations computed twice) a selection takes the fastest that fits. Pure.
 """
 
@@ -33,9 +34,13 @@ class Way(NamedTuple):
     again: bool = False
 
 
-Price = Callable[[str, Way], Cost]
+Price = Callable[[str, Way], Cost | None]
+"""What a selection costs, gone about in a way; None for one that cannot be."""
 AT_ONCE = Way()
 """The whole batch, everything kept."""
+
+SHARES = (0.5, 0.25, 0.125)
+"""Shares of a selection's numbers to try where the whole is too much."""
 
 _SLICES = (16, 8, 4, 2, 1)
 _WORTH_SLICING = 4
@@ -106,23 +111,30 @@ def fitting_rows(cost: Cost, limits: Budget) -> int | None:
 
 
 def choose(
-    selections: Sequence[str], price: Price, limits: Budget, told: Sequence[Way] = (AT_ONCE,)
+    selections: Sequence[str],
+    price: Price,
+    limits: Budget,
+    told: Sequence[Way] = (AT_ONCE,),
+    shares: Sequence[float] = (),
 ) -> Choice:
     """Return the first of `selections`, widest first, that keeps within the limits.
 
-    It goes about its batch in the first of the ways `told` that lets it: the fastest.
+    It goes about its batch in the first of the ways `told` that lets it: the fastest. Where it does
+    not keep within the limits as a whole, the first of its `shares` does that lets it.
 
     Raises: CompileError naming the nearest limits that would do.
     """
-    return _Search(price, limits, told).run(selections)
+    return _Search(price, limits, told, shares).run(selections)
 
 
 class _Search:
     """Prices that were asked for already."""
 
-    def __init__(self, price: Price, limits: Budget, told: Sequence[Way]) -> None:
-        self._price, self._limits, self._ways = price, limits, told
-        self._priced: dict[tuple[str, Way], Cost] = {}
+    def __init__(
+        self, price: Price, limits: Budget, told: Sequence[Way], shares: Sequence[float]
+    ) -> None:
+        self._price, self._limits, self._ways, self._shares = price, limits, told, shares
+        self._priced: dict[tuple[str, Way], Cost | None] = {}
 
     def run(self, selections: Sequence[str]) -> Choice:
         if found := self._chosen(selections[0]):
@@ -131,35 +143,55 @@ class _Search:
         low, high = 0, len(layered)
         while low < high:
             middle = (low + high) // 2
-            fits = self._tightest(layered[middle]) is not None
+            fits = any(self._rows(train) for train in reversed(self._parts(layered[middle])))
             low, high = (low, middle) if fits else (middle + 1, high)
         rest = [s for s in selections[1:] if s not in layered]
         for train in (*layered[low:][:1], *rest):
             if found := self._chosen(train):
                 return found
-        raise CompileError(refusal(self._priced, self._limits))
+        known = {asked: cost for asked, cost in self._priced.items() if cost is not None}
+        raise CompileError(refusal(known, self._limits))
 
-    def _tightest(self, train: str) -> int | None:
+    def _parts(self, train: str) -> list[str]:
+        """Return a selection and its shares, widest first."""
+        if train != "all" and (not train.startswith("last:") or train == "last:1"):
+            return [train]
+        among = "" if train == "all" else f":{train}"
+        return [train, *(f"sparse:{share:g}{among}" for share in self._shares)]
+
+    def _chosen(self, train: str) -> Choice | None:
+        """Return the widest part of a selection that fits, and how; the narrowest is tried first.
+
+        A part of it never takes more than the whole.
+        """
+        *wider, narrowest = self._parts(train)
+        if not self._rows(narrowest):
+            return None if self._cost(narrowest, self._ways[-1]) else self._first(wider)
+        return self._first([*wider, narrowest])
+
+    def _first(self, parts: Sequence[str]) -> Choice | None:
+        for part in parts:
+            if rows := self._rows(part):
+                told = (w for w in self._ways if self._fits(part, w, rows))
+                return Choice(part, None if self._limits.ram is None else rows, next(told))
+        return None
+
+    def _rows(self, train: str) -> int | None:
         """Return the most rows a step on which a selection fits in any way.
 
         Those that take least are the last two, or the first for a model so small that the nodes of
         a loop are more than what it saves.
         """
-        tried = dict.fromkeys((*self._ways[-2:], self._ways[0]))
-        return max(
-            (n for way in tried if (n := fitting_rows(self._cost(train, way), self._limits))),
-            default=None,
-        )
+        tried = dict.fromkeys((self._ways[-1], *self._ways[-2:-1], self._ways[0]))
+        costs = (self._cost(train, way) for way in tried)
+        found = (fitting_rows(cost, self._limits) for cost in costs if cost is not None)
+        return max((n for n in found if n), default=None)
 
-    def _chosen(self, train: str) -> Choice | None:
-        rows = self._tightest(train)
-        if rows is None:
-            return None
-        is_open = self._limits.ram is None
-        way = next(w for w in self._ways if _fits(self._cost(train, w), self._limits, rows))
-        return Choice(train, None if is_open else rows, way)
+    def _fits(self, train: str, way: Way, rows: int) -> bool:
+        cost = self._cost(train, way)
+        return cost is not None and _fits(cost, self._limits, rows)
 
-    def _cost(self, train: str, way: Way) -> Cost:
+    def _cost(self, train: str, way: Way) -> Cost | None:
         if (train, way) not in self._priced:
             self._priced[train, way] = self._price(train, way)
         return self._priced[train, way]

@@ -7,11 +7,16 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+import numpy as np
 
 from coordinator.compiler.losses import LOSSES
 from coordinator.compiler.optim import Optimizer, adam, chain, clip, momentum, sgd
 from edge_sdk.errors import CompileError
+
+if TYPE_CHECKING:
+    from coordinator.compiler.contribution import Examples
 
 _EXAMPLE = "example: fedge build digits.onnx -o digits.fedge --loss cross_entropy --train last:2"
 
@@ -44,6 +49,7 @@ def build_main(argv: Sequence[str]) -> int:
         batch=args.batch,
         micro_batch=args.micro_batch,
         recompute=args.recompute,
+        calibration=_calibration(parser, args.calibration),
     )
     bundle.save(args.output)
     if args.json:
@@ -52,6 +58,17 @@ def build_main(argv: Sequence[str]) -> int:
     else:
         print(f"{bundle.explain()}\nwrote {args.output}")
     return 0
+
+
+def _calibration(parser: argparse.ArgumentParser, path: str | None) -> Examples | None:
+    """Read examples; a file that holds none ends the command."""
+    if path is None:
+        return None
+    try:
+        with np.load(path) as arrays:
+            return arrays["x"], arrays["y"]
+    except (OSError, ValueError, KeyError) as error:
+        parser.error(f"expected arrays x and y in --calibration {path}: {error}")
 
 
 def _optimizer(args: argparse.Namespace) -> Optimizer:
@@ -85,8 +102,8 @@ def _parser() -> argparse.ArgumentParser:
         "--train",
         nargs="+",
         metavar="SEL",
-        help="all, bias, last:K, names or globs such as 'head.*' (default: all, or under limits "
-        "the widest that keeps them)",
+        help="all, bias, last:K, sparse:SHARE[:SEL], names or globs such as 'head.*' (default: "
+        "all, or under limits the widest that keeps them)",
     )
     add("--optimizer", choices=["sgd", "momentum", "adam"], default="sgd")
     add("--lr", type=float, default=0.05, help="learning rate (default 0.05)")
@@ -106,6 +123,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-flops", type=float, metavar="N", help="operations to train on one example")
     add("--batch", type=int, metavar="N", help="rows of a step that must fit in --max-ram")
     add("--micro-batch", type=int, metavar="M", help="sum a step's gradients up, M rows at a time")
+    add(
+        "--calibration", metavar="NPZ", help="examples x and y, to rank channels by their gradients"
+    )
     add(
         "--recompute",
         action=argparse.BooleanOptionalAction,

@@ -14,6 +14,7 @@ import onnx
 from coordinator.compiler import shared
 from coordinator.compiler.budget import AT_ONCE, MOST_ROWS, Cost, Way
 from coordinator.compiler.choose import select
+from coordinator.compiler.contribution import Examples, gradients
 from coordinator.compiler.explain import cost
 from coordinator.compiler.graph import Graph, Value
 from coordinator.compiler.losses import Loss, classes_of
@@ -24,6 +25,7 @@ from coordinator.compiler.passes import drop_unused
 from coordinator.compiler.predict import predict_model
 from coordinator.compiler.ranges import ROLE, learn_ranges
 from coordinator.compiler.recompute import arranged, copied
+from coordinator.compiler.sparse import narrowed, sparse
 from coordinator.compiler.train import evaluate_graph, open_weights, train_graph
 from coordinator.compiler.weights import Weight, find_weights
 from coordinator.compiler.writeback import Source, predict_file
@@ -49,6 +51,7 @@ class Task:
         learns_ranges: train the steps of int8 activations, too.
         source: the .tflite file that the model came from.
         formats: what to write graphs in, "onnx" and "tflite".
+        calibration: examples to tell by which channels contribute most.
     """
 
     proto: onnx.ModelProto
@@ -61,6 +64,7 @@ class Task:
     learns_ranges: bool = False
     source: Source | None = None
     formats: tuple[str, ...] = ("onnx",)
+    calibration: Examples | None = None
 
     @property
     def kept(self) -> Collection[str] | None:
@@ -96,8 +100,7 @@ class Draft(NamedTuple):
 
 def draft(task: Task, train: str | Sequence[str], way: Way = AT_ONCE) -> Draft:
     """Compile a task that trains `train`, in a way. Raises: CompileError."""
-    weights = select(task.reached, train, task.logits, task.kept)
-    _check_finite(weights)
+    weights = _selected(task, train)
     given = task.forward
     if task.learns_ranges:
         task, ranges = _with_ranges(task, weights)
@@ -156,6 +159,22 @@ def draft(task: Task, train: str | Sequence[str], way: Way = AT_ONCE) -> Draft:
         "cost": table | _ram(task, step, weights, slots, members),
     }
     return Draft(manifest, members)
+
+
+def _selected(task: Task, train: str | Sequence[str]) -> list[Weight]:
+    """Return the weights of a selection, or the channels of them that contribute most."""
+    part = sparse(train)
+    among = train if part is None else part.among
+    weights = select(task.reached, among, task.logits, task.kept)
+    _check_finite(weights)
+    if part is None:
+        return weights
+    if task.calibration is None:
+        return narrowed(weights, part.share)
+    opened = open_weights(task.forward, weights, task.logits)
+    target = _target(opened.graph.outputs[0], task.loss)
+    found = gradients(opened, task.loss, target, weights, task.calibration)
+    return narrowed(weights, part.share, found)
 
 
 def _with_ranges(task: Task, weights: Sequence[Weight]) -> tuple[Task, list[Weight]]:

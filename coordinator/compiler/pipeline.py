@@ -13,8 +13,9 @@ from pathlib import Path
 import onnx
 
 from coordinator.compiler.batch import free_batch
-from coordinator.compiler.budget import Cost, Way, budget, choose, ways
+from coordinator.compiler.budget import SHARES, Cost, Way, budget, choose, ways
 from coordinator.compiler.choose import selections
+from coordinator.compiler.contribution import Examples
 from coordinator.compiler.draft import Draft, Task, draft
 from coordinator.compiler.graph import Graph, Value
 from coordinator.compiler.headroom import widen
@@ -51,6 +52,7 @@ def build(
     batch: int | None = None,
     micro_batch: int | None = None,
     recompute: bool | None = None,
+    calibration: Examples | None = None,
 ) -> Bundle:
     """Compile a float32 or int8 model, ONNX or TFLite, into a bundle that trains on stock runtimes.
 
@@ -60,7 +62,9 @@ def build(
         loss: "cross_entropy" (class ids int64 [N]; output [N, C]), "mse" or "bce_logits" (float32
             targets of the output's shape). A last Softmax or Sigmoid is left to the loss.
         train: "all", "bias", "last:2" (layers with weights), a name, a glob such as "head.*", or a
-            list of names and globs. By default "all", or under a limit the widest that keeps it.
+            list of names and globs; or "sparse:0.25", the output channels that contribute most, up
+            to a quarter of all numbers ("sparse:0.25:last:3": of the last three layers). By default
+            "all", or under a limit the widest that keeps it.
         optimizer: `sgd(lr=..)`, `momentum(0.9, lr=..)`, `adam(lr=..)`, or `chain(clip(1.0), ...)`.
         proximal: let devices be told to stay near the round's start (FedProx).
         headroom: factor by which an int8 model's range of logits is widened, so that training may
@@ -83,6 +87,8 @@ def build(
         recompute: compute activations again for the backward pass instead of keeping them, where
             that saves memory: the same step, about a quarter slower. By default only where
             `max_ram` demands it.
+        calibration: examples (x, y) that tell by their gradients which channels contribute most;
+            without, channels are taken by their norms.
 
     Returns: the same bytes for the same arguments.
     Raises: CompileError that names the node or weight in the way, or the nearest limits that would
@@ -102,6 +108,7 @@ def build(
     learns = ranges == "learned"
     formats = tuple(engines)
     task = Task(proto, forward, logits, rule, optimizer, proximal, batch, learns, source, formats)
+    task = replace(task, calibration=calibration)
     called = {"name": name or _name(model, proto)}
     way = Way(_micro(micro_batch), bool(recompute))
     if limits.is_open:
@@ -109,12 +116,18 @@ def build(
     options = _options(task, train)
     drafts: dict[tuple[str, Way], Draft] = {}
 
-    def price(spelled: str, way: Way) -> Cost:
-        drafts[spelled, way] = draft(task, options[spelled], way)
+    def price(spelled: str, way: Way) -> Cost | None:
+        try:
+            drafts[spelled, way] = draft(task, options.get(spelled, spelled), way)
+        except CompileError:
+            if spelled in options:
+                raise
+            return None  # a share that does not hold what is trained whole
         return drafts[spelled, way].cost
 
     told = [way] if limits.ram is None else ways(micro_batch, recompute, batch)
-    chosen = choose(list(options), price, limits, told)
+    may_share = train is None and (limits.ram, limits.update) != (None, None)
+    chosen = choose(list(options), price, limits, told, SHARES if may_share else ())
     return drafts[chosen.train, chosen.way].packed(called, rows=chosen.rows)
 
 

@@ -57,7 +57,8 @@ def predict_model(
     scales = {n.input[0]: n.input[1] for n in own.graph.node if n.op_type == "DequantizeLinear"}
     at = {name: place.offset for name, place in places.items()}
     patches = [_patch(i, w, at, scales) for i, w in enumerate(weights) if not _is_bias(w)]
-    patches += [_bias_patch(b, index, at, scales) for b in biases]
+    rows = {w.source: w.patch for w in weights}
+    patches += [_bias_patch(b, index, at, scales) | rows.get(b.weight.source, {}) for b in biases]
     followed = {b.weight.source for b in biases}
     lone = [(i, w) for i, w in enumerate(weights) if _is_bias(w) and w.source not in followed]
     patches += [_fixed_patch(i, w, at, scales) for i, w in lone]
@@ -72,7 +73,7 @@ def _patch(i: int, weight: Weight, at: dict[str, int], scales: dict[str, str]) -
     scheme = weight.quantized
     if scheme is None:
         kind = ROLE if weight.role == ROLE else "float32"
-        return {"param": i, "kind": kind, "offset": at[weight.source]}
+        return {"param": i, "kind": kind, "offset": at[weight.source], **weight.patch}
     points = [int(z) for z in scheme.zero_point]
     return {
         "param": i,
@@ -80,9 +81,10 @@ def _patch(i: int, weight: Weight, at: dict[str, int], scales: dict[str, str]) -
         "dtype": str(scheme.dtype),
         "offset": at[weight.source],
         "scale_offset": at[scales[weight.source]],
-        "scales": len(points),
+        "scales": len(points) if weight.rows is None else weight.rows.of,
         "axis": scheme.axis,
         "zero_point": points[0] if len(set(points)) == 1 else points,
+        **weight.patch,
     }
 
 

@@ -25,7 +25,7 @@ from coordinator.compiler.dequant import (
     unsigned,
 )
 from coordinator.compiler.emit import Emit
-from coordinator.compiler.graph import Graph, Value
+from coordinator.compiler.graph import Graph, Node, Tensor, Value
 from coordinator.compiler.inplace import start_products_from_sums
 from coordinator.compiler.losses import Learned, Loss
 from coordinator.compiler.optim import Optimizer, Slot, is_plain, proximal
@@ -33,7 +33,7 @@ from coordinator.compiler.passes import drop_unused, rename, simplify
 from coordinator.compiler.ranges import ROLE, SLOWED, step
 from coordinator.compiler.rewrite import rewritten
 from coordinator.compiler.vjp import RULES, SeveralRule, backward
-from coordinator.compiler.weights import Weight
+from coordinator.compiler.weights import Rows, Weight
 from edge_sdk.errors import CompileError
 
 _INT8 = (np.dtype(np.int8), np.dtype(np.uint8))
@@ -61,6 +61,7 @@ class Open:
 def open_weights(graph: Graph, weights: Sequence[Weight], logits: str) -> Open:
     """Cut a forward graph down to what makes `logits` and turn the weights into inputs."""
     graph = drop_unused(replace(graph, outputs=(Value(logits),)))
+    makers = {w.source: graph.producers.get(w.tensors[0]) for w in weights if w.rows}
     stale = {name for w in weights if w.quantized for name in w.tensors}
     nodes = tuple(n for n in graph.nodes if not stale.intersection(n.outputs))
     graph = replace(graph, nodes=nodes)
@@ -76,6 +77,9 @@ def open_weights(graph: Graph, weights: Sequence[Weight], logits: str) -> Open:
         stands = leaf
         if weight.role == ROLE:
             stands = step(e, leaf, _number(graph, clear.get(weight.source, weight.source)))
+        if weight.rows is not None:
+            frozen = _frozen(e, graph.initializers, makers[weight.source], weight, clear)
+            stands = _with_rows(e, frozen, leaf, weight.rows)
         alias |= {clear.get(name, name): stands for name in weight.tensors}
         leaves.append(leaf)
     logits = _float_logits(e, graph, alias.get(logits, logits))
@@ -170,6 +174,32 @@ def _finished(
         for v in graph.outputs
     )
     return replace(graph, outputs=outputs)
+
+
+def _frozen(
+    e: Emit,
+    stored: Mapping[str, Tensor],
+    maker: Node | None,
+    weight: Weight,
+    clear: Mapping[str, str],
+) -> str:
+    """Emit the values that a tensor has before training, of which only rows will learn."""
+    if maker is None:
+        return e.const(stored[clear.get(weight.source, weight.source)])
+    inputs = [clear.get(name, name) for name in maker.inputs]
+    (values,) = e.op(maker.op, inputs, domain=maker.domain, **maker.attributes)
+    return values
+
+
+def _with_rows(e: Emit, frozen: str, leaf: str, rows: Rows) -> str:
+    """Put trained rows into their tensor."""
+    at = e.const(np.array(rows.at, np.int64).reshape(-1, 1), np.int64)
+    if rows.axis == 0:
+        return e.ScatterND(frozen, at, leaf)
+    perm = [rows.axis, *(i for i in range(e.rank(frozen)) if i != rows.axis)]
+    back = [int(i) for i in np.argsort(perm)]
+    turned = e.ScatterND(e.Transpose(frozen, perm=perm), at, e.Transpose(leaf, perm=perm))
+    return e.Transpose(turned, perm=back)
 
 
 def _clear_names(graph: Graph) -> dict[str, str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,6 +61,14 @@ class Quantized:
         return values.reshape([-1 if i == self.axis else 1 for i in range(rank)])
 
 
+class Rows(NamedTuple):
+    """Which output channels of a tensor learn: `at`, rising, of `of` along `axis`."""
+
+    axis: int
+    of: int
+    at: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Weight:
     """One trainable tensor.
@@ -73,6 +81,8 @@ class Weight:
         role: "weight" or "bias"; layer: its layer's place in topological order.
         reader: the layer's node.
         quantized: None for a float weight.
+        rows: None where the whole tensor is trained; otherwise `value` and `quantized` are of these
+            rows alone.
     """
 
     name: str
@@ -83,6 +93,25 @@ class Weight:
     layer: int
     reader: Node
     quantized: Quantized | None = None
+    rows: Rows | None = None
+
+    @property
+    def patch(self) -> dict[str, Any]:
+        """Return what a manifest's patch says of the rows."""
+        if self.rows is None:
+            return {}
+        return {"rows": {"axis": self.rows.axis, "of": self.rows.of, "at": list(self.rows.at)}}
+
+    def narrowed(self, rows: Rows) -> Weight:
+        """Return these rows of the weight.
+
+        Requires: one scale for each row, where it is quantized.
+        """
+        scheme, at = self.quantized, list(rows.at)
+        if scheme is not None:
+            scheme = replace(scheme, scale=scheme.scale[at], zero_point=scheme.zero_point[at])
+        value = np.ascontiguousarray(np.take(self.value, at, rows.axis))
+        return replace(self, value=value, quantized=scheme, rows=rows)
 
 
 def find_weights(graph: Graph) -> list[Weight]:
