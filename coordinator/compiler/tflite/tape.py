@@ -22,6 +22,8 @@ BATCH = 2_147_483_647
 
 Dims = tuple[int, ...]
 
+_MOST_REDUCED = 4  # dimensions that every runtime's reductions take
+
 
 def is_free(size: int) -> bool:
     """Tell whether a size depends on the batch."""
@@ -293,7 +295,24 @@ class Tape:
             return x
         shape = self.shape(x)
         kept = [1 if i in axes else d for i, d in enumerate(shape) if keep or i not in axes]
+        if len(shape) > _MOST_REDUCED:
+            x, axes = self._merged(x, set(axes))
+            shorter = [d for i, d in enumerate(self.shape(x)) if i not in axes]
+            made = self.add(op, [x, self.ints(*axes)], shorter, keep_dims=False)
+            return self.reshape(made, kept)
         return self.add(op, [x, self.ints(*axes)], kept, keep_dims=keep)
+
+    def _merged(self, x: int, axes: set[int]) -> tuple[int, list[int]]:
+        """Let neighbours that are summed, and neighbours that are not, be one dimension each."""
+        sizes: list[int] = []
+        summed: list[bool] = []
+        for i, size in enumerate(self.shape(x)):
+            if summed and summed[-1] == (i in axes):
+                sizes[-1] *= size
+            else:
+                sizes.append(size)
+                summed.append(i in axes)
+        return self.reshape(x, sizes), [i for i, is_summed in enumerate(summed) if is_summed]
 
     def matmul(self, a: int, b: int, *, adj_x: bool = False, adj_y: bool = False) -> int:
         """Record a BATCH_MATMUL."""

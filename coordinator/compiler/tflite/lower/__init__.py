@@ -10,7 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import coordinator.compiler.rewrites  # noqa: F401  fills the table
 from coordinator.compiler.graph import Graph
+from coordinator.compiler.passes import simplify
+from coordinator.compiler.rewrite import REWRITES, rewritten
 from coordinator.compiler.tflite.lower import (
     activations,
     conv,
@@ -62,6 +65,9 @@ def lower_traced(
     graph: Graph, traced: Iterable[str], signature: str = "serving_default"
 ) -> tuple[bytes, list[Kept]]:
     """Return the file, and where in it each of the `traced` initializers is kept."""
+    unknown = [n for n in graph.nodes if n.kind not in LOWERS and n.kind in REWRITES]
+    if unknown:
+        graph = simplify(rewritten(graph, [value.name for value in graph.inputs]))
     low = Lowering(graph, traced)
     inputs = [low.feed(value) for value in graph.inputs]
     for node in graph.nodes:

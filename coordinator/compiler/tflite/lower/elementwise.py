@@ -37,6 +37,8 @@ def _arithmetic(low: Lowering, n: Node) -> None:
     op = _BINARY.get(n.kind, "ADD")
     tensors, order = low.together(n.inputs)
     made = tensors[0]
+    if n.kind == "Pow":
+        tensors[1] = low.tape.cast(tensors[1], low.tape.dtype(made))
     for other in tensors[1:]:
         made = low.tape.binary(op, made, other)
     if n.kind == "Mean":

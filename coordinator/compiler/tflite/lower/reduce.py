@@ -153,3 +153,17 @@ def _batch_norm(low: Lowering, n: Node) -> None:
     shape[order.index(1)] = math.prod(t.shape(scale))
     made = t.plus(t.mul(tensor, t.reshape(factor, shape)), t.reshape(offset, shape))
     low.put(n.outputs[0], made, order)
+
+
+@lowers("InstanceNormalization")
+def _instance_norm(low: Lowering, n: Node) -> None:
+    """Scale and shift each channel of each example by its own statistics."""
+    t, (tensor, order) = low.tape, low.form(n.inputs[0])
+    axes = [i for i, a in enumerate(order) if a > 1]
+    off = t.minus(tensor, t.reduce("MEAN", tensor, axes, keep=True))
+    spread = t.reduce("MEAN", t.mul(off, off), axes, keep=True)
+    inverse = t.unary("RSQRT", t.plus(spread, t.const(float(n.attr("epsilon", 1e-5)))))
+    shape = [1] * len(order)
+    shape[order.index(1)] = low.shape(n.inputs[0])[1]
+    scale, shift = (t.reshape(low.get(name), shape) for name in n.inputs[1:3])
+    low.put(n.outputs[0], t.plus(t.mul(t.mul(off, inverse), scale), shift), order)

@@ -258,8 +258,13 @@ def _resize(low: Lowering, n: Node) -> None:
             raise refused(n, "has scales that are not constant")
         factors = scales.reshape(-1)
         sizes = [d if is_free(d) else int(d * f) for d, f in zip(shape, factors, strict=True)]
+        exact = (f * d == s for d, f, s in zip(shape[2:], factors[2:], sizes[2:], strict=True))
+        if not all(exact):
+            raise refused(n, f"has scales {factors.tolist()}, which cut a pixel")
     if len(sizes) != rank or tuple(sizes[:2]) != shape[:2]:
         raise refused(n, "resizes batch or channels")
+    if n.attr("antialias", 0):
+        raise refused(n, "smooths as it resizes")
     mode, where = n.attr("mode", "nearest"), n.attr("coordinate_transformation_mode", "half_pixel")
     half, align = where == "half_pixel", where == "align_corners"
     is_whole = all(b % a == 0 for a, b in zip(shape[2:], sizes[2:], strict=True))
@@ -308,3 +313,15 @@ def _sizes(low: Lowering, n: Node) -> None:
         return
     cut = shape[n.attr("start", 0) : n.attr("end", len(shape))]
     low.know(n.outputs[0], np.array(cut, np.int64), "int64")
+
+
+@lowers("Trilu")
+def _trilu(low: Lowering, n: Node) -> None:
+    """Keep one side of the diagonal: a product with ones there and zeros elsewhere."""
+    shape = low.shape(n.inputs[0])[-2:]
+    if any(map(is_free, shape)):
+        raise refused(n, "cuts a matrix as large as the batch")
+    shift = constant(low, n, 1)[0] if n.input(1) else 0
+    side = np.triu if n.attr("upper", 1) else np.tril
+    mask = low.tape.const(side(np.ones(shape, np.float32), shift))
+    low.put(n.outputs[0], low.tape.mul(low.get(n.inputs[0]), mask))
