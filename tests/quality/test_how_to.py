@@ -30,7 +30,8 @@ def programs() -> list[tuple[str, str]]:
 
 def test_the_page_has_every_step() -> None:
     names = [name for name, _ in programs()]
-    assert names == ["export.py", "", "quantize.py", "", "app.py", ""]
+    others = ["quantize.py", "", "tflite.py", "", "keep.py", "", "app.py", ""]
+    assert names == ["export.py", "", *others]
     text = PAGE.read_text()
     for command in ("fedge build", "fedge inspect", "fedge demo --model", "--data"):
         assert command in text
@@ -54,7 +55,8 @@ def test_every_command_of_the_page_runs(tmp_path: Path) -> None:
         )  # fmt: skip
         assert done.returncode == 0, f"{text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         told += done.stdout
-    assert told.count("checks     passed") == 2
+    assert told.count("checks     passed") == 3
+    assert "it is the file that went in: True" in told
     assert told.count("should be") == 20
     right = [line.split()[0] == line.split()[-1] for line in told.splitlines() if "should" in line]
     assert sum(right) >= 12
