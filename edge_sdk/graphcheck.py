@@ -68,12 +68,20 @@ def _in(at: str, run: Callable[..., T], *args: object) -> T:
 
 def _read(format_: str, role: str, data: memoryview, limits: Limits) -> GraphView:
     graph = _READERS[format_](data)
-    if graph.state and role != "predict":
-        raise RefusedError(f"{shown(min(graph.state))}: expected nothing kept from run to run")
+    if role != "predict":
+        _check_is_all(graph)
     _check_model(graph, limits)
     _check_nodes(graph, _ALLOWED[format_], may_loop=role == "train")
     tensorcheck.check_stored(graph, limits)
     return graph
+
+
+def _check_is_all(graph: GraphView) -> None:
+    """Refuse a training or evaluation graph that has, or remembers, more than what is checked."""
+    if graph.spare:
+        raise RefusedError(f"expected no second subgraph, got {graph.spare}")
+    if graph.state:
+        raise RefusedError(f"{shown(min(graph.state))}: expected nothing kept from run to run")
 
 
 def _check_graph(format_: str, role: str, graph: GraphView, manifest: Mapping[str, Any]) -> None:

@@ -121,6 +121,8 @@ class GraphView:
     """How many functions, sparse initializers, training infos and configurations there are."""
     metadata: frozenset[str]
     """Keys of the model's own metadata."""
+    spare: int = 0
+    """How many more graphs the file holds, which no engine runs."""
     state: frozenset[str] = frozenset()
     """Tensors that nothing makes and that keep their value from run to run; ONNX has none."""
 

@@ -3,12 +3,12 @@
 
 What a file says of the shapes between its operators is only what it says: a runtime reckons them
 again. Here the ranks are reckoned from the graph's inputs and constants alone; one that cannot be
-has none.
+has none. Vectors have a length as well where it is certain: those that say a shape say a rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 
 import numpy as np
 
@@ -33,34 +33,28 @@ _FOUR = """
   RESIZE_NEAREST_NEIGHBOR SPACE_TO_DEPTH TRANSPOSE_CONV
 """
 _SHAPED_BY = {"RESHAPE": 1, "BROADCAST_TO": 1, "FILL": 0}
+_VECTORS = {"ADD", "DIV", "FLOOR_DIV", "MAXIMUM", "MINIMUM", "MUL", "SUB"}
 _REDUCE = ("MEAN", "REDUCE_ALL", "REDUCE_ANY", "REDUCE_MAX", "REDUCE_MIN", "REDUCE_PROD", "SUM")
 _MORE = {"PACK": 1, "EXPAND_DIMS": 1, "ONE_HOT": 1, "UNPACK": -1, "ARG_MAX": -1, "ARG_MIN": -1}
-
-Known = Mapping[str, int]
-Rule = Callable[[GraphView, Known, Operation], "int | None"]
 
 
 def of(graph: GraphView) -> dict[str, int]:
     """Return the ranks that are certain, by tensor."""
-    known = {port.name: len(port.shape) for port in graph.inputs if port.shape is not None}
-    known |= {name: len(stored.dims) for name, stored in graph.initializers.items()}
+    known = _Known(graph)
     for node in graph.nodes:
-        rank = _RULES[node.op](graph, known, node) if node.op in _RULES and node.inputs else None
-        if rank is not None and 0 <= rank <= _MOST:
-            known.update(dict.fromkeys(node.outputs, rank))
-    return known
+        if node.op in _RULES and node.inputs:
+            rank = _RULES[node.op](known, node)
+            if rank is not None and 0 <= rank <= _MOST:
+                known.ranks.update(dict.fromkeys(node.outputs, rank))
+            if rank == 1 and (length := _length_made(known, node)) is not None:
+                known.lengths.update(dict.fromkeys(node.outputs, length))
+    return known.ranks
 
 
 def axes(graph: GraphView, name: str, rank: int | None) -> frozenset[int] | None:
     """Return the axes that a stored tensor names, each once; None if it does not or is not."""
-    stored = graph.initializers.get(name)
-    code = _INTEGERS.get(DTYPES[stored.dtype][0]) if stored and stored.dtype in DTYPES else None
-    if stored is None or stored.data is None or code is None or rank is None:
-        return None
-    if stored.elements > _MOST:
-        return None
-    numbers = np.frombuffer(stored.data, code).tolist()
-    if any(not -rank <= n < rank for n in numbers):
+    numbers = _numbers(graph, name)
+    if numbers is None or rank is None or any(not -rank <= n < rank for n in numbers):
         return None
     found = frozenset(n % rank for n in numbers)
     return found if len(found) == len(numbers) else None
@@ -75,59 +69,108 @@ def length(graph: GraphView, name: str) -> int | None:
     return stored.elements
 
 
+def _numbers(graph: GraphView, name: str) -> list[int] | None:
+    """Return the few integers that are stored under a name."""
+    stored = graph.initializers.get(name)
+    code = _INTEGERS.get(DTYPES[stored.dtype][0]) if stored and stored.dtype in DTYPES else None
+    if stored is None or stored.data is None or code is None or stored.elements > _MOST:
+        return None
+    return [int(n) for n in np.frombuffer(stored.data, code)]
+
+
+class _Known:
+    """What is certain of a graph so far."""
+
+    def __init__(self, graph: GraphView) -> None:
+        self.graph = graph
+        self.ranks = {p.name: len(p.shape) for p in graph.inputs if p.shape is not None}
+        self.ranks |= {name: len(stored.dims) for name, stored in graph.initializers.items()}
+        self.lengths: dict[str, int] = {}
+
+    def length(self, name: str) -> int | None:
+        """Return how many numbers a vector has."""
+        made = self.lengths.get(name)
+        return length(self.graph, name) if made is None else made
+
+    def count(self, name: str) -> int | None:
+        """Return how many numbers a vector or a scalar has."""
+        return 1 if self.ranks.get(name) == 0 else self.length(name)
+
+
+Rule = Callable[[_Known, Operation], "int | None"]
+
+
+def _length_made(known: _Known, node: Operation) -> int | None:
+    """Return the length of the vector that a node makes."""
+    if node.op == "SHAPE":
+        return known.ranks.get(node.inputs[0])
+    if node.op in {"RESHAPE", "SLICE"}:
+        told = _numbers(known.graph, node.inputs[-1])
+        return told[0] if told is not None and len(told) == 1 and told[0] > 0 else None
+    counts = [known.count(name) for name in node.inputs]
+    sure = [count for count in counts if count is not None]
+    if len(sure) != len(counts):
+        return None
+    if node.op == "CONCATENATION":
+        return sum(sure)
+    if node.op == "PACK":
+        return len(sure)
+    is_broadcast = node.op in _VECTORS and {*sure} <= {1, max(sure)}
+    return max(sure) if is_broadcast or node.op == "CAST" else None
+
+
 def _option(node: Operation, name: str) -> int:
     return next((a.number or 0 for a in node.attributes if a.name == name), 0)
 
 
-def _as_first(_: GraphView, known: Known, node: Operation) -> int | None:
-    return known.get(node.inputs[0])
+def _as_first(known: _Known, node: Operation) -> int | None:
+    return known.ranks.get(node.inputs[0])
 
 
-def _as_second(_: GraphView, known: Known, node: Operation) -> int | None:
-    return known.get(node.inputs[1]) if len(node.inputs) > 1 else None
+def _as_second(known: _Known, node: Operation) -> int | None:
+    return known.ranks.get(node.inputs[1]) if len(node.inputs) > 1 else None
 
 
-def _as_widest(_: GraphView, known: Known, node: Operation) -> int | None:
-    found = [known.get(name) for name in node.inputs]
+def _as_widest(known: _Known, node: Operation) -> int | None:
+    found = [known.ranks.get(name) for name in node.inputs]
     sure = [rank for rank in found if rank is not None]
     return max(sure) if len(sure) == len(found) else None
 
 
-def _shaped(graph: GraphView, _: Known, node: Operation) -> int | None:
-    at = _SHAPED_BY[node.op]
-    return length(graph, node.inputs[at]) if len(node.inputs) == 2 else None
+def _shaped(known: _Known, node: Operation) -> int | None:
+    return known.length(node.inputs[_SHAPED_BY[node.op]]) if len(node.inputs) == 2 else None
 
 
-def _reduced(graph: GraphView, known: Known, node: Operation) -> int | None:
-    rank = known.get(node.inputs[0])
+def _reduced(known: _Known, node: Operation) -> int | None:
+    rank = known.ranks.get(node.inputs[0])
     if rank is None or len(node.inputs) != 2:
         return None
     if _option(node, "keep_dims"):
         return rank
-    gone = axes(graph, node.inputs[1], rank)
+    gone = axes(known.graph, node.inputs[1], rank)
     return None if gone is None else rank - len(gone)
 
 
-def _more(_: GraphView, known: Known, node: Operation) -> int | None:
-    rank = known.get(node.inputs[0])
+def _more(known: _Known, node: Operation) -> int | None:
+    rank = known.ranks.get(node.inputs[0])
     return None if rank is None else rank + _MORE[node.op]
 
 
-def _gathered(_: GraphView, known: Known, node: Operation) -> int | None:
-    found = [known.get(name) for name in node.inputs]
+def _gathered(known: _Known, node: Operation) -> int | None:
+    found = [known.ranks.get(name) for name in node.inputs]
     sure = [rank for rank in found if rank is not None]
     return sum(sure) - 1 - _option(node, "batch_dims") if len(sure) == len(found) == 2 else None
 
 
-def _strided(_: GraphView, known: Known, node: Operation) -> int | None:
-    rank = known.get(node.inputs[0])
+def _strided(known: _Known, node: Operation) -> int | None:
+    rank = known.ranks.get(node.inputs[0])
     if rank is None or _option(node, "ellipsis_mask") or _option(node, "new_axis_mask"):
         return None
     return rank - (_option(node, "shrink_axis_mask") & 0xFF).bit_count()
 
 
-def _dense(_: GraphView, known: Known, node: Operation) -> int | None:
-    return known.get(node.inputs[0]) if _option(node, "keep_num_dims") else 2
+def _dense(known: _Known, node: Operation) -> int | None:
+    return known.ranks.get(node.inputs[0]) if _option(node, "keep_num_dims") else 2
 
 
 def _table(words: Collection[str], rule: Rule) -> dict[str, Rule]:

@@ -8,12 +8,14 @@ quantized tensors, at their places in the file. Types are numbered as in ONNX.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 from edge_sdk import tflitefile
 from edge_sdk.errors import RefusedError
 from edge_sdk.graphview import Attribute, GraphView, Operation, Port, Stored, shown
 from edge_sdk.onnxschema import DTYPES
+from edge_sdk.operators import TFLITE
 from edge_sdk.tflitefile import Subgraph, Tensor, TfliteFile
 
 DOMAIN = "tflite"
@@ -25,7 +27,7 @@ _PLAIN = "NONE"  # the fused activation that does nothing
 
 
 def read(data: memoryview) -> GraphView:
-    """Read a serialized model that is one graph.
+    """Read a serialized model, of which an engine runs the first subgraph and no other.
 
     Raises: BundleError when it is damaged; RefusedError when signatures name what is no port.
     """
@@ -44,13 +46,20 @@ def read(data: memoryview) -> GraphView:
         values=tuple(p for i, p in enumerate(ports) if i not in outside),
         initializers=stored,
         extras={
-            "second subgraph": len(file.subgraphs) - 1,
+            **_unknown(file.subgraphs[1:]),
             "sparse tensor": sum(t.sparsity for t in subgraph.tensors),
             "quantization beyond scales": sum(bool(t.details) for t in subgraph.tensors),
         },
         metadata=frozenset(file.metadata),
+        spare=len(file.subgraphs) - 1,
         state=frozenset(names[i] for i, t in enumerate(subgraph.tensors) if t.is_variable),
     )
+
+
+def _unknown(others: Sequence[Subgraph]) -> dict[str, int]:
+    """Count operators of other subgraphs that may not run: a runtime loads those as well."""
+    found = Counter(o.op for subgraph in others for o in subgraph.operators)
+    return {shown(op)[1:-1]: count for op, count in found.items() if op not in TFLITE}
 
 
 def _names(subgraph: Subgraph) -> list[str]:

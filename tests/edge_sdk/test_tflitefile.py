@@ -23,6 +23,7 @@ from edge_sdk.flatbuffer import Reader
 from edge_sdk.tflitefile import TfliteFile, read
 from edge_sdk.tfliteschema import BUILTINS, OPTIONS, OPTIONS_OF
 
+MODELS = sorted((Path(__file__).parents[1] / "compiler/tflite/models").glob("*.tflite"))
 NAMES = ("kws_ref_model", "pretrainedResnet", "pretrainedResnet_quant", "vww_96_int8")
 
 
@@ -39,6 +40,12 @@ SMALL = oracle.pack(oracle.model("CONV_2D", conv()))
 @pytest.mark.parametrize("name", NAMES)
 def test_it_reads_what_litert_reads(shared: Path, name: str) -> None:
     data = (shared / "models" / f"{name}.tflite").read_bytes()
+    oracle.compare(data, read(data))
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_it_reads_files_of_tensorflow_s_converter_as_litert_does(path: Path) -> None:
+    data = path.read_bytes()
     oracle.compare(data, read(data))
 
 
@@ -384,7 +391,7 @@ def test_every_byte_of_a_small_file_flipped() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_thousand_damaged_models(shared: Path, name: str) -> None:
+def test_damaged_models(shared: Path, name: str) -> None:
     """Bits flipped in the tables of real models, whose weights are most of the file."""
     data = raw(name, shared)
     parts = {b.offset: b.size for b in read(data).buffers if b.size > 64}
@@ -393,12 +400,12 @@ def test_a_thousand_damaged_models(shared: Path, name: str) -> None:
         np.arange(len(data)), np.concatenate([np.arange(a, a + n) for a, n in parts.items()])
     )
     refused = 0
-    for _ in range(250):
+    for _ in range(100):
         spoilt = bytearray(data)
         for at in draw.choice(places, size=draw.integers(1, 5)):
             spoilt[at] ^= 1 << int(draw.integers(8))
         refused += survives(bytes(spoilt)) is None
-    assert refused > 25
+    assert refused > 10
 
 
 # --- bombs ----------------------------------------------------------------------------------------
