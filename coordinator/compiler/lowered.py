@@ -56,7 +56,8 @@ def lowered_predict(graph: Graph, weights: Sequence[Weight]) -> tuple[bytes, lis
         scales = {place.source: place.source + _SCALE}
         if place.source in followed:
             bias = next(b for b in biases if b.weight.source == place.source)
-            patches.append(_bias_patch(bias, index, at, scales))
+            rows = weights[index[place.source]].patch if place.source in index else {}
+            patches.append(_bias_patch(bias, index, at, scales) | rows)
         elif _is_bias(weights[index[place.source]]):
             i = index[place.source]
             patches.append(_fixed_patch(i, weights[i], at, scales))

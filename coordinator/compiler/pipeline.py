@@ -13,7 +13,7 @@ from pathlib import Path
 import onnx
 
 from coordinator.compiler.batch import free_batch
-from coordinator.compiler.budget import SHARES, Cost, Way, budget, choose, ways
+from coordinator.compiler.budget import AT_ONCE, SHARES, Cost, Way, budget, choose, ways
 from coordinator.compiler.choose import selections
 from coordinator.compiler.contribution import Examples
 from coordinator.compiler.draft import Draft, Task, draft
@@ -111,6 +111,12 @@ def build(
     task = replace(task, calibration=calibration)
     called = {"name": name or _name(model, proto)}
     way = Way(_micro(micro_batch), bool(recompute))
+    may_slice = formats == ("onnx",)
+    if not may_slice and way != AT_ONCE:
+        raise CompileError(
+            "expected engines=('onnx',) with micro_batch or recompute: TFLite runs operators in "
+            "the file's order, has no loop over slices here, and merges nothing to work around"
+        )
     if limits.is_open:
         return draft(task, "all" if train is None else train, way).packed(called)
     options = _options(task, train)
@@ -125,7 +131,8 @@ def build(
             return None  # a share that does not hold what is trained whole
         return drafts[spelled, way].cost
 
-    told = [way] if limits.ram is None else ways(micro_batch, recompute, batch)
+    is_told = limits.ram is None or not may_slice
+    told = [way] if is_told else ways(micro_batch, recompute, batch)
     may_share = train is None and (limits.ram, limits.update) != (None, None)
     chosen = choose(list(options), price, limits, told, SHARES if may_share else ())
     return drafts[chosen.train, chosen.way].packed(called, rows=chosen.rows)

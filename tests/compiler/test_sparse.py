@@ -158,6 +158,32 @@ def test_the_gradient_of_rows_is_rows_of_the_gradient(model: str, micro_batch: i
         np.testing.assert_allclose(delta, expected, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("model", ["cnn", "cnn int8"])
+def test_tflite_trains_and_writes_back_the_same_channels(model: str) -> None:
+    pytest.importorskip("ai_edge_litert")
+    bundle = build(
+        MODELS[model](),
+        loss="cross_entropy",
+        train="sparse:0.6",
+        optimizer=momentum(0.9, lr=0.05),
+        engines=("onnx", "tflite"),
+    )
+    bundle.check()
+    made = []
+    for engine in ("ort", "litert"):
+        trainer = Trainer(bundle, engine=engine)
+        losses = [trainer.step(X[:24], LABELS[:24]) for _ in range(3)]
+        made.append((losses, np.asarray(trainer.predict(X[:64]), np.float64)))
+    assert made[1][0] == pytest.approx(made[0][0], rel=1e-3)
+    np.testing.assert_allclose(made[1][1], made[0][1], atol=2 if "int8" in model else 1e-4)
+
+
+def test_loops_and_copies_are_for_onnx_alone() -> None:
+    for asked in ({"micro_batch": 2}, {"recompute": True}):
+        with pytest.raises(CompileError, match=r"expected engines=\('onnx',\) with micro_batch"):
+            build(cnn(), loss="cross_entropy", engines=("tflite",), **asked)
+
+
 def test_examples_tell_which_channels_matter() -> None:
     """Half of a layer's channels are cut off from the output, though their norms are large."""
     net = Net(("N", 6)).dense("body", 6, 8).add("Relu").dense("head", 8, 3)

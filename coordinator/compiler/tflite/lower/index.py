@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+
 from coordinator.compiler.graph import Node
 from coordinator.compiler.tflite.lower.forms import Lowering
 from coordinator.compiler.tflite.lower.table import lowers, refused
@@ -20,6 +23,38 @@ def _gather(low: Lowering, n: Node) -> None:
         places = t.const((fixed % size).astype("int32"), "int32")
     shape = (*t.shape(data)[:axis], *t.shape(places), *t.shape(data)[axis + 1 :])
     low.put(n.outputs[0], t.add("GATHER", [data, places], shape, axis=axis, batch_dims=0))
+
+
+@lowers("GatherND")
+def _gather_rows(low: Lowering, n: Node) -> None:
+    """Take whole rows, which is what is asked for where some channels of a layer learn."""
+    t, places = low.tape, _rows(low, n)
+    data = low.get(n.inputs[0])
+    shape = (len(places), *t.shape(data)[1:])
+    inputs = [data, t.const(places, "int32")]
+    low.put(n.outputs[0], t.add("GATHER", inputs, shape, axis=0, batch_dims=0))
+
+
+@lowers("ScatterND")
+def _scatter_rows(low: Lowering, n: Node) -> None:
+    """Put rows into a tensor: both end to end, and of each row the one that counts."""
+    t, places = low.tape, _rows(low, n)
+    data, rows = low.get(n.inputs[0]), low.get(n.inputs[2])
+    if n.attr("reduction", "none") != "none" or len({*places.tolist()}) != len(places):
+        raise refused(n, "adds rows up, which no operator does")
+    shape = t.shape(data)
+    order = np.arange(int(shape[0]), dtype=np.int32)
+    order[places] = int(shape[0]) + np.arange(len(places), dtype=np.int32)
+    inputs = [t.concat([data, rows], 0), t.const(order, "int32")]
+    low.put(n.outputs[0], t.add("GATHER", inputs, shape, axis=0, batch_dims=0))
+
+
+def _rows(low: Lowering, n: Node) -> NDArray[np.int32]:
+    """Return which rows a node of indices [rows, 1] means."""
+    places, shape = low.constant(n.inputs[1]), low.shape(n.inputs[0])
+    if places is None or places.shape != (len(places), 1) or is_free(shape[0]):
+        raise refused(n, "takes others than whole rows that are always the same")
+    return np.asarray(places.reshape(-1) % int(shape[0]), np.int32)
 
 
 @lowers("GatherElements")
