@@ -10,22 +10,20 @@ quantized weight a stored tensor behind DequantizeLinear.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import prod
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.compiler.emit import Emit
+from coordinator.compiler.tflite.constants import stored
+from coordinator.compiler.tflite.layout import Layout, to_first, to_last
 from edge_sdk.errors import CompileError
 from edge_sdk.tflitefile import Operator, Subgraph, Tensor, TfliteFile
 
 OPSET = 20
 """The last at which onnxruntime's optimizer keeps the types of int8 training graphs straight."""
-
-Layout: TypeAlias = Literal["last", "first"]
-"""Where a tensor's channels are: TFLite's own order, or moved to axis 1."""
 
 _INT8 = ("int8", "uint8")
 _STORED = (*_INT8, "int32", "float32")
@@ -129,7 +127,7 @@ class Forward:
                         f"expected dense weights, {t.name!r} is stored sparse: convert the model "
                         "without sparsity"
                     )
-                self._known[i] = _array(t, self.file.data(t.buffer))
+                self._known[i] = stored(t, self.file.data(t.buffer))
         return self._known.get(i)
 
     def doubled(self, i: int) -> NDArray[Any] | None:
@@ -480,27 +478,6 @@ def refusal(op: Operator, f: Forward, why: str) -> CompileError:
     return CompileError(f"expected operators that can be imported, {op.op} ({made!r}): {why}")
 
 
-def to_first(rank: int) -> tuple[int, ...]:
-    """Return the transposition that moves the last dimension to axis 1."""
-    return (0, rank - 1, *range(1, rank - 1)) if rank > 2 else tuple(range(rank))
-
-
-def to_last(rank: int) -> tuple[int, ...]:
-    """Return the transposition that moves axis 1 to the end."""
-    return (0, *range(2, rank), 1) if rank > 2 else tuple(range(rank))
-
-
-def place(axis: int, rank: int, layout: Layout) -> int:
-    """Return where a dimension of TFLite's order is in a layout."""
-    return to_first(rank).index(axis) if layout == "first" else axis
-
-
-def moved(values: Sequence[Any], layout: Layout) -> list[Any]:
-    """Return one value for each dimension in the order of a layout."""
-    order = to_first(len(values)) if layout == "first" else range(len(values))
-    return [values[n] for n in order]
-
-
 def _names(graph: Subgraph) -> list[str]:
     """Give each tensor a name of its own."""
     taken: set[str] = set()
@@ -512,20 +489,3 @@ def _names(graph: Subgraph) -> list[str]:
         taken.add(name)
         names.append(name)
     return names
-
-
-def _array(tensor: Tensor, data: memoryview) -> NDArray[Any]:
-    if tensor.dtype not in {"float32", "float16", "float64", "int8", "uint8", "int16", "int32",
-                            "int64", "bool", "uint32", "uint16", "uint64"}:  # fmt: skip
-        raise CompileError(
-            f"expected weights in float32, float16 or 8 bits, {tensor.name!r} is {tensor.dtype}: "
-            "convert with int8 weights"
-        )
-    array = np.frombuffer(data, np.dtype(tensor.dtype).newbyteorder("<"))
-    if array.size != prod(tensor.shape):
-        raise CompileError(
-            f"expected {prod(tensor.shape)} numbers in tensor {tensor.name!r}, its buffer has "
-            f"{array.size}: convert the model again"
-        )
-    native = array.astype(np.float32) if array.dtype == np.float16 else array.astype(tensor.dtype)
-    return native.reshape(tensor.shape)

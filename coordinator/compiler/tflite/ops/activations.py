@@ -5,12 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from coordinator.compiler.tflite.forward import Forward, place
+import numpy as np
+
+from coordinator.compiler.tflite.forward import Forward
+from coordinator.compiler.tflite.layout import place
+from coordinator.compiler.tflite.ops.hardswish import hard_swish
+from coordinator.compiler.tflite.ops.rounding import by_code, coarse, lattice, rounded_slope, twice
 from coordinator.compiler.tflite.table import imports
 from edge_sdk.tflitefile import Operator
 
 _PLAIN = {
-    "ELU": "Elu", "HARD_SWISH": "HardSwish", "LOGISTIC": "Sigmoid", "RELU": "Relu", "TANH": "Tanh",
+    "ELU": "Elu", "LOGISTIC": "Sigmoid", "TANH": "Tanh",
 }  # fmt: skip
 _CLIPS = {"RELU6": (0.0, 6.0), "RELU_N1_TO_1": (-1.0, 1.0), "RELU_0_TO_1": (0.0, 1.0)}
 _FIXED = frozenset({"LOGISTIC", "TANH"})
@@ -23,14 +28,40 @@ def _(f: Forward, op: Operator) -> None:
     _map(f, op, lambda x: f.e.op(_PLAIN[op.op], (x,))[0])
 
 
-@imports(*_CLIPS)
+@imports("RELU", *_CLIPS)
 def _(f: Forward, op: Operator) -> None:
-    _map(f, op, lambda x: f.clip(x, _CLIPS[op.op], op.outputs[0]))
+    x, y = op.inputs[0], op.outputs[0]
+
+    def made(value: str) -> str:
+        if f.is_quantized(x):
+            value = twice(f, y, value, float(f.tensor(x).scale[0]) / float(f.tensor(y).scale[0]))
+        return f.e.Relu(value) if op.op == "RELU" else f.clip(value, _CLIPS[op.op], y)
+
+    _map(f, op, made)
+
+
+@imports("HARD_SWISH")
+def _(f: Forward, op: Operator) -> None:
+    x, y = op.inputs[0], op.outputs[0]
+
+    def made(value: str) -> str:
+        swish = f.e.HardSwish(value)
+        if not f.is_quantized(x):
+            return swish
+        ours = lattice(f, x, y, lambda n: n * np.clip(n / np.float32(6) + np.float32(0.5), 0, 1))
+        return by_code(f, x, y, swish, (hard_swish(f.tensor(x), f.tensor(y)), ours))
+
+    _map(f, op, made)
 
 
 @imports("LEAKY_RELU")
 def _(f: Forward, op: Operator) -> None:
-    _map(f, op, lambda x: f.e.LeakyRelu(x, alpha=op.options["alpha"]))
+    x, y, slope = op.inputs[0], op.outputs[0], float(op.options["alpha"])
+    if not f.is_quantized(x):
+        _map(f, op, lambda value: f.e.LeakyRelu(value, alpha=slope))
+        return
+    slope = rounded_slope(f, x, y, slope)
+    _map(f, op, lambda value: coarse(f, x, y, f.e.LeakyRelu(value, alpha=slope)))
 
 
 @imports("GELU")
@@ -44,7 +75,14 @@ def _(f: Forward, op: Operator) -> None:
     x, slope, y = op.inputs[0], op.inputs[1], op.outputs[0]
     rank = f.rank(op.inputs[0])
     layout = f.layout(x, rank=rank)
-    f.write(y, f.e.PRelu(f.read(x, layout), f.operand(slope, layout, rank)), layout)
+    value = f.e.PRelu(f.read(x, layout), f.operand(slope, layout, rank))
+    if f.is_quantized(y) and len(f.tensor(slope).scale) == 1:
+        ratio = float(f.tensor(x).scale[0]) / float(f.tensor(y).scale[0])
+        positive = twice(f, y, value, ratio)
+        negative = twice(f, y, value, ratio * float(f.tensor(slope).scale[0]))
+        is_negative = f.e.Less(f.read(x, layout), f.e.const(0.0))
+        value = f.e.Where(is_negative, negative, positive)
+    f.write(y, value, layout)
 
 
 @imports("SOFTMAX", "LOG_SOFTMAX")

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from coordinator.compiler.tflite.forward import Forward, Layout, moved, place, refusal
+from coordinator.compiler.tflite.forward import Forward, refusal
+from coordinator.compiler.tflite.layout import Layout, moved, place
 from coordinator.compiler.tflite.table import imports
 from edge_sdk.tflitefile import Operator
 

@@ -106,7 +106,8 @@ def _convolve(f: Forward, op: Operator, weight: str, kernel: tuple[int, int], gr
     if x in f.spread:
         if op.options["padding"] != "VALID" or (*strides, *dilations) != (1, 1, 1, 1):
             raise refusal(op, f, "its space is kept in the batch, and it has strides: convert anew")
-        dilations, pads = f.spread[x].dilations[:2], list(f.spread[x].pads)
+        height, width = f.spread[x].dilations
+        dilations, pads = (height, width), list(f.spread[x].pads)
         f.spread[op.outputs[0]] = Spread(dilations, ((0, 0), (0, 0)))
     elif op.options["padding"] == "SAME":
         sizes = zip(f.shape(x)[1:3], kernel, strides, dilations, strict=True)

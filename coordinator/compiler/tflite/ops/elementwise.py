@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from coordinator.compiler.tflite.forward import Forward
+from coordinator.compiler.tflite.ops.rounding import has_ties, upwards
 from coordinator.compiler.tflite.table import imports
 from edge_sdk.tflitefile import Operator
 
@@ -120,6 +121,8 @@ def _combine(f: Forward, op: Operator, make: Callable[[str, str], str]) -> None:
     if op.op in {"MAXIMUM", "MINIMUM"}:
         f.share(a, b, y)
     value = make(f.operand(a, layout, rank), f.operand(b, layout, rank))
+    if op.op in {"ADD", "SUB"} and f.is_quantized(y) and has_ties(f, (a, b), y):
+        value = upwards(f, y, value)
     word = op.options.get("fused_activation_function", "NONE")
     f.write(y, f.activation(word, value, y, op), layout)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from math import prod
 
 from coordinator.compiler.tflite.forward import Forward, refusal
+from coordinator.compiler.tflite.ops.rounding import twice
 from coordinator.compiler.tflite.table import imports
 from edge_sdk.tflitefile import Operator
 
@@ -37,7 +38,12 @@ def _(f: Forward, op: Operator) -> None:
         rank = f.rank(i)
         order = (*range(rank - 2), rank - 1, rank - 2) if op.options.get(word) else None
         sides.append(f.weight(i, order))
-    f.write(op.outputs[0], f.e.MatMul(*sides))
+    y = op.outputs[0]
+    value = f.e.MatMul(*sides)
+    if f.is_quantized(y):
+        first, second = (float(f.tensor(i).scale[0]) for i in op.inputs[:2])
+        value = twice(f, y, value, first * second / float(f.tensor(y).scale[0]))
+    f.write(y, value)
 
 
 @imports("EMBEDDING_LOOKUP")

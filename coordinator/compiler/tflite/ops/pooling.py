@@ -7,6 +7,7 @@ from math import prod
 
 from coordinator.compiler.tflite.forward import Forward
 from coordinator.compiler.tflite.ops.convolutions import same
+from coordinator.compiler.tflite.ops.rounding import away_from_zero
 from coordinator.compiler.tflite.table import imports
 from edge_sdk.tflitefile import Operator
 
@@ -22,7 +23,7 @@ def _(f: Forward, op: Operator) -> None:
     else:
         value = f.e.AveragePool(value, kernel_shape=kernel, strides=strides, pads=pads)
     if f.is_quantized(y) and (any(pads) or prod(kernel) % 2 == 0):
-        value = _away_from_zero(f, y, value, prod(kernel))
+        value = away_from_zero(f, y, value, prod(kernel), int(f.tensor(y).zero_point[0]))
     _finish(f, op, value)
 
 
@@ -41,20 +42,6 @@ def _(f: Forward, op: Operator) -> None:
     square = f.e.Mul(value, value)
     mean = f.e.AveragePool(square, kernel_shape=kernel, strides=strides, pads=pads)
     _finish(f, op, f.e.Sqrt(mean))
-
-
-def _away_from_zero(f: Forward, y: int, value: str, count: int) -> str:
-    """Push means that lie halfway between two integers away from the integer 0, as TFLite rounds.
-
-    QuantizeLinear rounds them to even. Means of `count` integers are `1 / count` apart: a quarter
-    of that decides every tie and moves nothing else.
-    """
-    t = f.tensor(y)
-    step = float(t.scale[0])
-    nudge = step / (4 * count)
-    offset = f.e.Add(value, f.e.const(step * int(t.zero_point[0])))
-    signed = f.e.Mul(offset, f.e.const(1 / count))
-    return f.e.Add(value, f.e.Clip(signed, f.e.const(-nudge), f.e.const(nudge)))
 
 
 def _window(f: Forward, op: Operator) -> tuple[tuple[int, int], tuple[int, int], list[int]]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from coordinator.compiler.tflite.forward import Forward
+from coordinator.compiler.tflite.ops.rounding import coarse
 from coordinator.compiler.tflite.table import imports
 from edge_sdk.tflitefile import Operator
 
@@ -12,7 +13,8 @@ from edge_sdk.tflitefile import Operator
 def _(f: Forward, op: Operator) -> None:
     x, y = op.inputs[0], op.outputs[0]
     layout = f.layout(x, rank=f.rank(x))
-    f.write(y, f.read(x, layout), layout)
+    value = f.read(x, layout)
+    f.write(y, coarse(f, x, y, value) if f.is_quantized(x) else value, layout)
 
 
 @imports("DEQUANTIZE")

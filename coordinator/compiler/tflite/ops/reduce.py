@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import numpy as np
 
-from coordinator.compiler.tflite.forward import Forward, place
+from coordinator.compiler.tflite.forward import Forward
+from coordinator.compiler.tflite.layout import place
+from coordinator.compiler.tflite.ops.rounding import away_from_zero, has_ties
 from coordinator.compiler.tflite.table import imports
 from edge_sdk.tflitefile import Operator
 
@@ -27,6 +31,9 @@ def _(f: Forward, op: Operator) -> None:
     is_spatial = axes == list(range(1, rank - 1))
     if op.op == "MEAN" and is_spatial and rank == 4:
         mean = f.e.GlobalAveragePool(f.read(x, "first"))
+        count = prod(f.shape(x)[1:3])
+        if f.is_quantized(y) and count % 2 == 0 and has_ties(f, (x,), y):
+            mean = away_from_zero(f, y, mean, count)
         if keeps:
             f.write(y, mean, "first")
         else:
@@ -52,6 +59,7 @@ def _(f: Forward, op: Operator) -> None:
 @imports("CUMSUM")
 def _(f: Forward, op: Operator) -> None:
     x, axis = op.inputs
-    ends = {name: int(op.options[name]) for name in ("exclusive", "reverse")}
     (at,) = f.axes(axis, op, f.rank(x))
-    f.write(op.outputs[0], f.e.CumSum(f.read(x), f.e.const(at, np.int64), **ends))
+    exclusive, back = (int(op.options[name]) for name in ("exclusive", "reverse"))
+    value = f.e.CumSum(f.read(x), f.e.const(at, np.int64), exclusive=exclusive, reverse=back)
+    f.write(op.outputs[0], value)

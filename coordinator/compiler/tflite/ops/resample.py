@@ -3,30 +3,72 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from coordinator.compiler.tflite.forward import Forward
+from coordinator.compiler.tflite.ops.rounding import upwards
 from coordinator.compiler.tflite.table import imports
 from edge_sdk.tflitefile import Operator
 
 
-@imports("RESIZE_BILINEAR", "RESIZE_NEAREST_NEIGHBOR")
+@imports("RESIZE_BILINEAR")
 def _(f: Forward, op: Operator) -> None:
     x, y = op.inputs[0], op.outputs[0]
     f.share(x, y)
-    is_linear = op.op == "RESIZE_BILINEAR"
-    aligned, halves = op.options["align_corners"], op.options["half_pixel_centers"]
-    coordinates = "align_corners" if aligned else "half_pixel" if halves else "asymmetric"
-    nearest = "round_prefer_ceil" if aligned or halves else "floor"
     before, after = f.shape(x)[1:3], f.numbers(op.inputs[1], op)
-    by_scale = all(a % b == 0 for a, b in zip(after, before, strict=True))
-    scales = [1.0, 1.0, *(a / b for a, b in zip(after, before, strict=True))]
-    where = (f.e.const(scales), None) if by_scale else (None, f.e.ints(*after))
     value = f.e.Resize(
         f.read(x, "first"),
         None,
-        *where,
-        mode="linear" if is_linear else "nearest",
-        coordinate_transformation_mode=coordinates,
-        nearest_mode=None if is_linear else nearest,
-        axes=None if by_scale else [2, 3],
+        f.e.const([1.0, 1.0, *map(_scale, before, after)]),
+        mode="linear",
+        coordinate_transformation_mode=_coordinates(op),
     )
+    f.write(y, upwards(f, y, value) if f.is_quantized(y) else value, "first")
+
+
+@imports("RESIZE_NEAREST_NEIGHBOR")
+def _(f: Forward, op: Operator) -> None:
+    x, y = op.inputs[0], op.outputs[0]
+    f.share(x, y)
+    before, after = f.shape(x)[1:3], f.numbers(op.inputs[1], op)
+    value = f.read(x, "first")
+    coordinates = _coordinates(op)
+    if coordinates != "align_corners" and all(
+        a % b == 0 for a, b in zip(after, before, strict=True)
+    ):
+        scales = f.e.const([1.0, 1.0, *(a // b for a, b in zip(after, before, strict=True))])
+        value = f.e.Resize(
+            value, None, scales, coordinate_transformation_mode="asymmetric", nearest_mode="floor"
+        )
+    else:
+        for axis, (old, new) in enumerate(zip(before, after, strict=True), 2):
+            value = f.e.Gather(value, f.e.ints(*_nearest(old, new, coordinates)), axis=axis)
     f.write(y, value, "first")
+
+
+def _coordinates(op: Operator) -> str:
+    if op.options["align_corners"]:
+        return "align_corners"
+    return "half_pixel" if op.options["half_pixel_centers"] else "asymmetric"
+
+
+def _scale(before: int, after: int) -> float:
+    """Return a float32 scale that gives the right size, which ONNX rounds down."""
+    scale = np.float32(after / before)
+    while np.floor(np.float32(before) * scale) < after:
+        scale = np.nextafter(scale, np.float32(np.inf))
+    return float(scale)
+
+
+def _nearest(before: int, after: int, coordinates: str) -> list[int]:
+    """Return which number each new one is, in float32 as the kernel has it."""
+    places = np.arange(after, dtype=np.float32)
+    scale = np.float32(before) / np.float32(after)
+    if coordinates == "align_corners":
+        scale = np.float32(before - 1) / np.float32(max(after - 1, 1))
+        found = np.floor(places * scale + np.float32(0.5))
+    elif coordinates == "half_pixel":
+        found = np.floor((places + np.float32(0.5)) * scale)
+    else:
+        found = np.floor(places * scale)
+    return [int(n) for n in np.clip(found, 0, before - 1)]

@@ -7,7 +7,8 @@ from math import prod
 
 import numpy as np
 
-from coordinator.compiler.tflite.forward import Forward, Spread, to_first
+from coordinator.compiler.tflite.forward import Forward, Spread
+from coordinator.compiler.tflite.layout import to_first
 from coordinator.compiler.tflite.table import imports
 from edge_sdk.errors import CompileError
 from edge_sdk.tflitefile import Operator
@@ -75,10 +76,11 @@ def _unspread(f: Forward, x: int, y: int) -> tuple[int, ...]:
         at = 1 if after[1] == 1 and after[2] == old[1] else 2
         new = list(before[1:2])
         dilations, pads = list(spread.dilations), list(spread.pads)
-        for part, one in ((new, 1), (dilations, 1), (pads, (0, 0))):
-            part.insert(at - 1, one)  # type: ignore[attr-defined]
+        new.insert(at - 1, 1)
+        dilations.insert(at - 1, 1)
+        pads.insert(at - 1, (0, 0))
         f.spread[y] = Spread(tuple(dilations), tuple(pads))
-        return (before[0], *new, before[3 - 1])
+        return (before[0], *new, before[2])
     if len(before) == 4 and len(after) == 3 and 1 in before[1:3]:
         at = 1 if before[1] == 1 else 2
         f.spread[y] = Spread((1,), ((0, 0),))

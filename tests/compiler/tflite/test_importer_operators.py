@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each operator that is imported, alone, against LiteRT: float32 and int8, on random numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flatbuffers
+import numpy as np
+import pytest
+from ai_edge_litert.interpreter import Interpreter
+from tflite_cases import CASES, ONE_VERSION, Case, Ints
+from tflite_models import Builder
+
+from coordinator.compiler.tflite.importer import import_model
+from coordinator.compiler.tflite.table import IMPORTS
+from edge_sdk.engine.ort import Ort
+
+ROWS = 40
+NEAR_TIES = 2e-4
+"""Share of integers that may be off by one: kernels scale by numbers of 20 bits, not of 24."""
+
+
+def built(case: Case, mode: str, *, unsigned: bool = False) -> bytes:
+    """Return a model of one operator."""
+    b = Builder(1)
+    shift = 128 if unsigned else 0
+    dtype = "uint8" if unsigned else "int8"
+    quantized = {"scale": (0.02,), "zero": 5 + shift} if mode == "int8" else {}
+    kind = dtype if mode == "int8" else "float32"
+    inputs, activations, steps = [], [], []
+    for n, given in enumerate(case.inputs):
+        if isinstance(given, Ints):
+            array = np.asarray(given.values, np.int32)
+            inputs.append(b.tensor(f"ints{n}", array.shape, "int32", array))
+        elif isinstance(given, tuple):
+            inputs.append(b.tensor(f"x{n}", given, kind, **quantized))
+            activations.append(inputs[-1])
+            steps.append(0.02)
+        elif mode == "float":
+            inputs.append(b.tensor(f"w{n}", given.shape, "float32", given))
+        elif steps and len(steps) > 1 and given.ndim == 1:  # a bias
+            scale = np.float32(steps[0]) * np.atleast_1d(steps[1])
+            data = np.rint(given / scale)
+            inputs.append(b.tensor(f"b{n}", given.shape, "int32", data, scale=scale))
+        else:
+            inputs.append(weight(b, case, n, given, steps))
+    scale, zero = case.out or (0.02, 5)
+    made = [
+        b.tensor(
+            f"y{n}",
+            case.shape,
+            kind,
+            **({"scale": (scale,), "zero": zero + shift} if mode == "int8" else {}),
+        )
+        for n in range(case.outputs)
+    ]
+    version = 2 if mode == "int8" and case.op not in ONE_VERSION else 1
+    b.op(case.op, inputs, made[0], case.options, version, **case.fields)
+    b.graph.operators[0].outputs = made
+    data = b.pack(activations[0], made[0])
+    if len(activations) == len(made) == 1:
+        return data
+    b.graph.inputs, b.graph.outputs = activations, made
+    return packed(b)
+
+
+def packed(b: Builder) -> bytes:
+    """Return a file of several inputs or outputs."""
+    inputs, outputs = b.graph.inputs, b.graph.outputs
+    b.pack(inputs[0], outputs[0])
+    b.graph.inputs, b.graph.outputs = inputs, outputs
+    builder = flatbuffers.Builder(1024)
+    builder.Finish(b.model.Pack(builder), b"TFL3")
+    return bytes(builder.Output())
+
+
+def weight(b: Builder, case: Case, n: int, given: Any, steps: list[Any]) -> int:
+    """Add int8 weights, those of convolutions with a scale per channel."""
+    axis = {"CONV_2D": 0, "DEPTHWISE_CONV_2D": 3, "TRANSPOSE_CONV": 0, "FULLY_CONNECTED": 0}
+    along = axis.get(case.op)
+    rest = tuple(i for i in range(given.ndim) if i != along)
+    most = np.abs(given).max() if along is None else np.abs(given).max(rest, keepdims=True)
+    scale = (most / 127).astype(np.float32)
+    data = np.rint(given / scale)
+    steps.append(np.ravel(scale))
+    return b.tensor(f"w{n}", given.shape, "int8", data, scale=np.ravel(scale), axis=along or 0)
+
+
+def both(model: bytes) -> list[tuple[Any, Any]]:
+    """Return what LiteRT and the imported model make of the same random inputs, by output."""
+    runtime = Interpreter(model_content=model, num_threads=1)
+    runtime.allocate_tensors()
+    runs = Ort(1).session(import_model(model).proto.SerializeToString())
+    rng = np.random.default_rng(0)
+    ends, theirs, ours = runtime.get_output_details(), [], []
+    for _ in range(ROWS):
+        feeds = {}
+        for to, of in zip(runtime.get_input_details(), runs.get_inputs(), strict=True):
+            x = drawn(rng, to["shape"], to["dtype"])
+            runtime.set_tensor(to["index"], x)
+            feeds[of.name] = x
+        runtime.invoke()
+        theirs.append([runtime.get_tensor(end["index"]) for end in ends])
+        ours.append(runs.run(None, feeds))
+    return [
+        (np.array([row[n] for row in theirs]), np.array([row[n] for row in ours]))
+        for n in range(len(ends))
+    ]
+
+
+def drawn(rng: np.random.Generator, shape: Any, dtype: Any) -> Any:
+    if np.dtype(dtype).kind == "f":
+        return rng.normal(0, 2, shape).astype(np.float32)
+    ends = np.iinfo(dtype)
+    return rng.integers(ends.min, ends.max, shape, dtype, endpoint=True)
+
+
+def agree(model: bytes) -> None:
+    for theirs, ours in both(model):
+        assert ours.dtype == theirs.dtype
+        assert ours.shape == theirs.shape
+        if theirs.dtype.kind == "f":
+            np.testing.assert_allclose(ours, theirs, rtol=2e-6, atol=2e-6)
+        else:
+            off = np.abs(ours.astype(int) - theirs)
+            assert off.max() <= 1
+            assert (off > 0).mean() <= NEAR_TIES
+            assert len(np.unique(theirs)) > 1
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("mode", ["float", "int8"])
+def test_an_operator_computes_what_litert_does(name: str, mode: str) -> None:
+    case = CASES[name]
+    if mode not in case.modes.split():
+        return
+    agree(built(case, mode))
+
+
+@pytest.mark.parametrize("name", ["add", "mean pool", "max pool", "logistic", "softmax", "reshape"])
+def test_uint8_activations_are_read_like_int8(name: str) -> None:
+    case = CASES[name]
+    agree(built(case, "int8", unsigned=True))
+
+
+def test_every_importer_has_a_test() -> None:
+    checked = {case.op for case in CASES.values()}
+    elsewhere = {
+        # in whole models (test_importer_models.py)
+        "ADD_N", "ARG_MAX", "ARG_MIN", "BATCH_TO_SPACE_ND", "BROADCAST_TO", "CAST", "DEQUANTIZE",
+        "EMBEDDING_LOOKUP", "EQUAL", "FAKE_QUANT", "FILL", "FLOOR_DIV", "FLOOR_MOD", "GATHER_ND",
+        "GREATER", "GREATER_EQUAL", "LESS", "LESS_EQUAL", "LOG", "LOGICAL_AND", "LOGICAL_NOT",
+        "LOGICAL_OR", "NOT_EQUAL", "ONE_HOT", "POW", "RANGE", "RANK", "RSQRT", "SELECT",
+        "SELECT_V2", "SHAPE", "SPACE_TO_BATCH_ND", "SPLIT_V", "SQRT", "SVDF", "TOPK_V2",
+        "UNIDIRECTIONAL_SEQUENCE_LSTM", "ZEROS_LIKE",
+    }  # fmt: skip
+    assert set(IMPORTS) == checked | elsewhere
