@@ -46,7 +46,7 @@ def of(manifest: Mapping[str, Any], digest: str, size: int) -> Explanation:
         ("loss", manifest["loss"]),
         ("trains", f"{_spelled(manifest['train'])}, {len(manifest['params'])} tensors"),
         ("optimizer", f"{_spelled(manifest['optimizer'])}, lr {manifest['lr']:g}"),
-        ("engines", ", ".join(sorted(manifest["graphs"]))),
+        ("formats", _formats(manifest)),
         *((_LABELS.get(name, name), _cost(name, value)) for name, value in sorted(cost.items())),
     ]
     return Explanation(f"bundle {manifest['name']} ({manifest['producer']})", tuple(rows))
@@ -69,6 +69,15 @@ _LABELS = {
     "recomputed": "operators computed again",
     "unsized": "not in RAM: tensors of unknown size",
 }
+
+
+def _formats(manifest: Mapping[str, Any]) -> str:
+    """Say in which formats the graphs are, and which of them only predict."""
+    said = [
+        name if "train" in roles else f"{name} to predict only"
+        for name, roles in sorted(manifest["graphs"].items())
+    ]
+    return f"{', '.join(said)}; the model came as {manifest['source']}"
 
 
 def _cost(name: str, value: Any) -> str:

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from edge_sdk import tflitegraph
 from edge_sdk.bundle import Bundle
-from edge_sdk.errors import RefusedError
+from edge_sdk.errors import BundleError, RefusedError
+from edge_sdk.graphview import shown
 
 REFUSED = 5
 
@@ -24,15 +27,32 @@ def main(argv: Sequence[str]) -> int:
     signer = bundle.signed_by
     key = None if signer is None else signer.hex()
     refusal = _refusal(bundle)
+    counted = _tflite_operators(bundle)
     if args.json:
         record = {"digest": bundle.digest, "size": len(bundle.data), "signed_by": key}
         record |= {"checks": "refused" if refusal else "passed", "refusal": refusal}
-        print(json.dumps({**record, "manifest": bundle.manifest}, sort_keys=True))
+        record |= {"tflite_operators": counted, "manifest": bundle.manifest}
+        print(json.dumps(record, sort_keys=True))
     else:
         print(bundle.explain())
+        for role, operators in counted.items():
+            print(f"  tflite {role}: {', '.join(f'{op} {n}' for op, n in operators.items())}")
         print(f"  signed by  {key or 'nobody'}")
         print(f"  checks     {'refused: ' + refusal if refusal else 'passed'}")
     return REFUSED if refusal else 0
+
+
+def _tflite_operators(bundle: Bundle) -> dict[str, dict[str, int]]:
+    """Count the operators of each .tflite graph, most frequent first; those of ONNX are costed."""
+    found = {}
+    for role in sorted(bundle.manifest["graphs"].get("tflite", ())):
+        try:
+            graph = tflitegraph.read(memoryview(bundle.graph("tflite", role)))
+        except BundleError:
+            continue  # refused below, with the reason
+        counts = Counter(shown(node.op)[1:-1] for node in graph.nodes)
+        found[role] = dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+    return found
 
 
 def _refusal(bundle: Bundle) -> str | None:

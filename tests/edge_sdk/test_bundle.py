@@ -329,6 +329,7 @@ def test_explain_prints_a_table_and_renders_as_html() -> None:
     text = str(said)
     assert "int8[?x6], scale 0.05" in text
     assert "Add 2, MatMul 2" in text
+    assert "onnx; the model came as onnx" in text
     assert "sgd(lr=0.1)" in text
     assert repr(said) == text
     assert said._repr_html_().startswith("<table>")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -492,3 +493,25 @@ def test_bundles_of_keras_models_pass_in_both_formats(name: str) -> None:
     optimizer = chain(clip(1.0), momentum(0.9, lr=0.05))
     model = MODELS / f"{name}.tflite"
     build(model, loss="mse", train="all", optimizer=optimizer, engines=BOTH).check()
+
+
+def test_inspect_tells_what_tflite_graphs_are_made_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from edge_sdk import inspect_cli
+
+    HEAVY.save(tmp_path / "sound.fedge")
+    assert inspect_cli.main([str(tmp_path / "sound.fedge")]) == 0
+    said = capsys.readouterr().out
+    assert "tflite; the model came as tflite" in said
+    assert "  tflite predict: " in said
+    assert "  checks     passed" in said
+    leaking = planted_tflite(HEAVY, "train", past_the_clip(0))
+    leaking.save(tmp_path / "leaking.fedge")
+    assert inspect_cli.main([str(tmp_path / "leaking.fedge"), "--json"]) == 5
+    record = json.loads(capsys.readouterr().out)
+    assert NO_OTHER_WAY in record["refusal"]
+    assert record["tflite_operators"]["train"]["MUL"] > 0
+    planted_tflite(HEAVY, "train", raw=lambda data: data[:99]).save(tmp_path / "torn.fedge")
+    assert inspect_cli.main([str(tmp_path / "torn.fedge")]) == 5
+    assert "checks     refused: tflite train graph: " in capsys.readouterr().out
