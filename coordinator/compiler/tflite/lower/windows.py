@@ -135,14 +135,6 @@ def taps(low: Lowering, x: int, w: Window) -> list[int]:
     return found
 
 
-def columns(low: Lowering, x: int, w: Window) -> int:
-    """Record what each window sees as a row: [N * area, taps * C]."""
-    t = low.tape
-    channels, area = t.shape(x)[3], w.out[0] * w.out[1]
-    seen = [x] if w.is_plain else taps(low, x, w)
-    return t.reshape(t.concat(seen, 3), (t.shape(x)[0] * area, w.taps * channels))
-
-
 def stuffed(low: Lowering, g: int, w: Window) -> int:
     """Record an image with strides' gaps of zeros between its elements, and after the last."""
     t = low.tape
