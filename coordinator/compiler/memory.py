@@ -27,8 +27,11 @@ FILE_SHARE = 1.1
 """The bundle is held whole; a little of it twice."""
 CONSTANT_SHARE = 1.5
 """Constants that the running graph reads, stored and folded, as they stay."""
-COPIES_LOADING = 4
-"""Of stored constants, while a session is made: cut out of the bundle, parsed, unpacked, packed."""
+COPIES_LOADING = 2
+"""Of stored constants, while a session is made: cut out of the bundle, parsed."""
+COPIES_PACKING = {"Conv": 2, "DequantizeLinear": 2, "Gemm": 1, "MatMul": 1}
+"""Copies of a weight besides, by who reads it: into blocks of channels, or as a product likes it.
+A convolution does so when its bias, too, is constant."""
 SPARE_BYTES = 1_500_000
 """Heap that start-up leaves free, which the first of those copies fill."""
 
@@ -87,11 +90,24 @@ def footprint(train: Graph, held: Held, batch: int) -> Footprint:
         loaded=NODE_BYTES * sum(len(part.nodes) for part in parts)
         + round(FILE_SHARE * held.members + CONSTANT_SHARE * folded),
         weights=copies * held.params + 2 * held.slots,
-        loading=max(0, COPIES_LOADING * stored - SPARE_BYTES),
+        loading=max(0, sum(map(_loading, parts)) - SPARE_BYTES),
         running=round(CONSTANT_SHARE * min(stored, plan.constants))
         + 2 * batch * held.example
         + plan.resident(),
     )
+
+
+def _loading(graph: Graph) -> int:
+    """Return the bytes of all copies of a graph's constants while it is loaded."""
+    copies = dict.fromkeys(graph.initializers, COPIES_LOADING)
+    for node in graph.nodes:
+        packed = COPIES_PACKING.get(node.kind, 0)
+        if node.kind == "Conv" and not graph.initializers.keys() >= set(node.inputs[1:]):
+            continue
+        name = node.inputs[0] if node.kind == "DequantizeLinear" else node.input(1)
+        if packed and name in copies:
+            copies[name] = max(copies[name], COPIES_LOADING + packed)
+    return sum(n * graph.initializers[name].nbytes for name, n in copies.items())
 
 
 def by_batch(train: Graph, held: Held, batch: int) -> dict[str, int]:

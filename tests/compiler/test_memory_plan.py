@@ -194,6 +194,24 @@ def test_loading_a_large_frozen_model_may_take_more_than_running_it() -> None:
     assert Footprint(fixed=1, loaded=2, weights=3, loading=40, running=5).total == 46
 
 
+def test_a_constant_is_copied_the_more_often_the_more_its_reader_packs_it() -> None:
+    weight = 1 << 20
+    side = 512
+
+    def loading(frozen: bool, op: str) -> int:
+        e = started((None, side, 4, 4) if op == "Conv" else (None, side))
+        bias = e.const(np.zeros(side)) if frozen else e.input("p.0", np.float32, (side,))
+        shape = (side, side, 1, 1) if op == "Conv" else (side, side)
+        large = e.initializer("w", np.zeros(shape, np.float32))
+        y = e.Add(e.MatMul("x", large), bias) if op == "MatMul" else e.Conv("x", large, bias)
+        return footprint(e.graph(outputs=[y]), Held(0, 0, 0, 0), 4).loading
+
+    spare = 4 * weight - loading(frozen=True, op="Conv")
+    assert 1_400_000 < spare <= 1_500_000  # but for the bias
+    assert loading(frozen=False, op="Conv") + spare == pytest.approx(2 * weight, abs=10_000)
+    assert loading(frozen=False, op="MatMul") + spare == pytest.approx(3 * weight, abs=10_000)
+
+
 def test_fewer_trained_layers_take_less() -> None:
     def peak(train: str) -> int:
         made = build(cnn(), loss="cross_entropy", train=train, optimizer=momentum(0.9, lr=0.1))
