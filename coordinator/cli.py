@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from edge_sdk.errors import ConfigError
+from edge_sdk.errors import ConfigError, StoreError
 
 RUN = "example: fedge coordinator run --config coordinator.toml"
 CHECK = "example: fedge coordinator check --config coordinator.toml"
+VERIFY = "example: fedge coordinator verify --config coordinator.toml"
 READ = "example: fedge coordinator {name} --config coordinator.toml --json"
 
 
@@ -42,6 +43,13 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--config", required=True, help="coordinator.toml")
     check.add_argument("--json", action="store_true", help="for machines")
     check.set_defaults(command=_check)
+    verify = commands.add_parser(
+        "verify", help="make every version again from the journal and compare", epilog=VERIFY
+    )
+    verify.add_argument("--config", required=True, help="coordinator.toml")
+    verify.add_argument("--task", help="only this task")
+    verify.add_argument("--json", action="store_true", help="for machines")
+    verify.set_defaults(command=_verify)
     _reader(commands, "fleet", "list the devices ever seen", _fleet)
     _reader(commands, "rounds", "list the rounds and how they ended", _rounds)
     _reader(commands, "models", "list the versions of each task", _models)
@@ -93,6 +101,28 @@ def _check(args: argparse.Namespace) -> int:
     _show(rows, args.json, ("task", "parameters", "strategy", "cohort", "quorum", "deadline_s"))
     if not args.json:
         print(f"{args.config} is sound; broker {settings.broker.rpartition('@')[2]}")
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from coordinator import config
+    from coordinator.replay import replay
+
+    settings = config.load(args.config)
+    tasks = [task for task, _ in settings.tasks if args.task in (None, task.name)]
+    if not tasks:
+        raise ConfigError(f"expected a task of {args.config}, got {args.task!r}")
+    found = [r for task in tasks for r in replay(settings.store, task)]
+    rows = [asdict(r) | {"holds": r.holds} for r in found]
+    _show(rows, args.json, ("task", "version", "stored", "replayed", "updates", "holds"))
+    broken = [r for r in found if not r.holds]
+    if broken:
+        raise StoreError(
+            f"task {broken[0].task} version {broken[0].version}: the journal comes to another "
+            "model than is stored; was the configuration of the task changed?"
+        )
     return 0
 
 

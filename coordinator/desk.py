@@ -8,9 +8,8 @@ it what the store has accepted, and does what it says.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NamedTuple
@@ -32,14 +31,14 @@ from coordinator.rounds import (
     standing,
     step,
 )
-from coordinator.sampling import buckets
 from coordinator.store import Patch, Resumed, StoredRound, StoredUpdate, Version
 from coordinator.sums import AccumulatorFull
 from coordinator.task import Task
-from edge_sdk import codec, params, patches
+from coordinator.versions import next_version, places, report, weights_of
+from edge_sdk import codec, params
 from edge_sdk.bounds import MAX_PATCHES
 from edge_sdk.bundle import Bundle
-from edge_sdk.codec import Codec, Lattice
+from edge_sdk.codec import Lattice
 from edge_sdk.errors import CodecError
 from edge_sdk.messages import Update
 from edge_sdk.types import Array
@@ -125,7 +124,7 @@ class Desk:
     _sum: Any = None
     _deferred: list[tuple[StoredUpdate, Lattice]] = field(default_factory=list)
     _stored: dict[int, StoredRound] = field(default_factory=dict)
-    _buckets: dict[int, dict[str, int]] = field(default_factory=dict)
+    _buckets: dict[int, Mapping[str, int]] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -144,11 +143,7 @@ class Desk:
 
     def weights(self) -> Array:
         """Return the newest version's masters: float32, flat."""
-        return np.frombuffer(self.version.params, "<f4").astype(np.float32)
-
-    def target(self) -> Array:
-        """Return what the newest version would be had its patches carried everything."""
-        return np.frombuffer(self.version.target or self.version.params, "<f4").astype(np.float32)
+        return weights_of(self.version)
 
     def stored(self, number: int) -> StoredRound:
         """Return a recent round as it was opened."""
@@ -175,8 +170,7 @@ class Desk:
         self.at_work |= dict.fromkeys(new, Errand(r.number, now_s))
 
     def _place(self, r: StoredRound) -> None:
-        count, grows = self.task.strategy.aggregator.buckets, r.quorum == 0
-        self._buckets[r.number] = buckets(r.cohort, r.seed, count, grows=grows)
+        self._buckets[r.number] = places(self.task, r)
 
     def release(self, device: str, number: int) -> Errand | None:
         """Note that a device was heard of about a round; return what it was at work on."""
@@ -258,14 +252,8 @@ class Desk:
             self.folded[update.round, update.device] = update
 
     def _report(self, update: StoredUpdate, lattice: Lattice) -> Report:
-        return Report(
-            examples=min(update.examples, self.task.max_examples),
-            steps=update.steps,
-            loss=update.loss,
-            norm=codec.norm(lattice),
-            discount=self.task.strategy.discount(max(0, self.base - update.version)),
-            bucket=self._buckets.get(update.round, {}).get(update.device, 0),
-        )
+        bucket = self._buckets.get(update.round, {}).get(update.device, 0)
+        return report(self.task, update, lattice, bucket, self.base)
 
     def settle(self) -> Next:
         """Turn the settled round into the next version, or into the reason why there is none.
@@ -279,9 +267,11 @@ class Desk:
         if r.verdict == "abort":
             reason = f"{len(r.reported)} of {r.quorum} needed devices reported"
             return Next(None, (), self._result(r, "abort", reason))
-        weights, optimizer = self._advance()
-        if np.isfinite(weights).all():
-            settled = self._committed(r, weights, optimizer)
+        version = next_version(self.task, self.bundle, self.version, self._sum, r.number)
+        if version is not None:
+            moved = weights_of(version).astype(np.float64) - self.weights()
+            result = self._result(r, "commit", "", version, float(np.linalg.norm(moved)))
+            settled = Next(version, tuple(sorted(self.folded)), result)
             self.base += 1
         else:  # the sum is poisoned: without setting it aside no later round could commit
             result = self._result(r, "abort", "the new weights are not finite")
@@ -307,32 +297,6 @@ class Desk:
         self.patches = [*self.patches, patch][-MAX_PATCHES:] if patch.body else []
         while sum(len(p.body) for p in self.patches) >= len(self.version.params):
             self.patches = self.patches[1:]
-
-    def _advance(self) -> tuple[Array, bytes]:
-        aggregator, server = self.task.strategy.aggregator, self.task.strategy.server
-        with np.errstate(all="ignore"):  # what is not finite is caught by the caller
-            mean = aggregator.result(self._sum)
-            state = server.load(self.version.optimizer, self.size)
-            weights, state = server.step(self.target(), mean, state)
-        return weights, server.dump(state)
-
-    def _committed(self, r: Round, weights: Array, optimizer: bytes) -> Next:
-        number, patch, target = self.version.number + 1, b"", b""
-        if (down := self.task.down) is not None:
-            target = weights.astype("<f4").tobytes()
-            patch = self._patch(down, weights, number)
-            weights = patches.apply(self.weights(), patch, self.bundle.shapes)
-        data = weights.astype("<f4").tobytes()
-        digest = hashlib.sha256(data).digest()
-        version = Version(number, r.number, digest, data, optimizer, target, patch)
-        norm = float(np.linalg.norm(weights.astype(np.float64) - self.weights()))
-        result = self._result(r, "commit", "", version, norm)
-        return Next(version, tuple(sorted(self.folded)), result)
-
-    def _patch(self, down: Codec, target: Array, number: int) -> bytes:
-        """Encode what leads from the newest weights to `target`, all that was lost included."""
-        delta = params.unflatten(target - self.weights(), self.bundle.shapes)
-        return down.encode(delta, down.init(self.bundle.shapes, seed=number))[0]
 
     def _step(self, number: int, event: Event) -> tuple[Action, ...]:
         r = self.rounds.get(number)
@@ -386,14 +350,6 @@ def begin(task: Task, bundle: Bundle, pace: Pace, resumed: Resumed, now_s: float
         desk._place(stored)  # noqa: SLF001
     _replay(desk, resumed)
     return desk
-
-
-def first_version(task: Task, bundle: Bundle) -> Version:
-    """Return version 0: the bundle's own parameters and a fresh server optimizer."""
-    data = params.flatten(bundle.params(), bundle.shapes).astype("<f4").tobytes()
-    server = task.strategy.server
-    state = server.dump(server.init(params.count(bundle.shapes)))
-    return Version(0, 0, hashlib.sha256(data).digest(), data, state)
 
 
 def _replay(desk: Desk, resumed: Resumed) -> None:

@@ -85,7 +85,7 @@ def weights(folder: str | Path, task: str, version: int) -> Array:
 
     Raises: StoreError when there is none of that number, or it is older than is kept.
     """
-    with _reading(folder) as db:
+    with reading(folder) as db:
         row = db.execute(
             "SELECT params FROM versions WHERE task = ? AND version = ? AND params IS NOT NULL",
             (task, version),
@@ -102,14 +102,18 @@ def _opened(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rows(folder: str | Path, query: str, *values: object) -> list[dict[str, Any]]:
-    with _reading(folder) as db:
+    with reading(folder) as db:
         cursor = db.execute(query, values)
         names = [column[0] for column in cursor.description]
         return [dict(zip(names, row, strict=True)) for row in cursor]
 
 
 @contextmanager
-def _reading(folder: str | Path) -> Iterator[sqlite3.Connection]:
+def reading(folder: str | Path) -> Iterator[sqlite3.Connection]:
+    """Open a store's database for reading.
+
+    Raises: StoreError when there is no store, or it is not ours.
+    """
     file = Path(folder) / DATABASE
     if not file.exists():
         raise StoreError(f"expected a coordinator's store at {file}, there is none")

@@ -32,6 +32,7 @@ from coordinator.publishing import Publisher, seed_of
 from coordinator.rounds import Action, Declined, Invite, Left, Round, begin
 from coordinator.store import Store, StoredRound
 from coordinator.task import Task
+from coordinator.versions import first_version
 from coordinator.writer import ContradictionError
 from edge_sdk import params as tensors
 from edge_sdk import topics
@@ -187,7 +188,7 @@ class Coordinator:
             bundle = task.load()
             self.fleet.recall(task.name)
             await self._settled()  # an update on its way into an earlier loop of the same task
-            first = desks.first_version(task, bundle)
+            first = first_version(task, bundle)
             digest = bytes.fromhex(bundle.digest)
             recent = max(desks.RECENT, (pace.max_staleness or 0) + 1)
             resumed = await self._store.resume(task.name, digest, first, recent)

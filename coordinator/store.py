@@ -225,7 +225,6 @@ class Store:
                 raise ContradictionError(f"task {task}: version {v.number} is not the next one")
             _close_round(db, task, v.round, "commit", result)
             _mark(db, task, v.number, pairs)
-            db.execute(_DROP_TARGETS, (task, v.number))  # only the newest is built upon
             self._prune(db, task, v.number)
 
         await self._writer.run(work, urgent=True)
@@ -301,9 +300,8 @@ _CLOSE_ROUND = """UPDATE rounds SET state = ?, result = ?,
     WHERE task = ? AND round = ? AND state = 'open'"""
 _MARK = """UPDATE updates SET folded = ?
     WHERE task = ? AND round = ? AND device = ? AND folded IS NULL"""
-_DROP_TARGETS = """UPDATE versions SET target = NULL
-    WHERE task = ? AND version < ? AND target IS NOT NULL"""
-_PRUNE_VERSIONS = """UPDATE versions SET params = NULL, optimizer = NULL, patch = NULL
+_PRUNE_VERSIONS = """UPDATE versions SET params = NULL, optimizer = NULL,
+    target = NULL, patch = NULL
     WHERE task = ? AND version BETWEEN 1 AND ? AND params IS NOT NULL"""
 _PRUNE_UPDATES = """UPDATE updates SET blob = NULL
     WHERE task = ? AND folded BETWEEN 1 AND ? AND blob IS NOT NULL"""

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -120,3 +122,50 @@ def test_the_ledger_returns_weights_and_refuses_what_is_not_a_store(
     (tmp_path / "other" / ledger.DATABASE).write_text("grocery list")
     with pytest.raises(StoreError, match="cannot read"):
         ledger.rounds(tmp_path / "other")
+
+
+def replayed(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, list[dict[str, object]]]:
+    code = run("verify", "--config", str(folder / "coordinator.toml"), "--json")
+    rows: list[dict[str, object]] = json.loads(capsys.readouterr().out)
+    return code, rows
+
+
+def test_verify_makes_every_version_again_from_the_journal(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = folder / "coordinator.toml"
+    config.write_text(CONFIG + 'codec = "dense"\n')
+    code, rows = replayed(folder, capsys)
+    assert code == 0
+    assert [(r["version"], r["updates"], r["holds"]) for r in rows] == [(0, 0, True), (1, 2, True)]
+    assert all(r["replayed"] == r["stored"] for r in rows)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE updates SET examples = 9999 WHERE device = (SELECT min(device) FROM updates)",
+        "DELETE FROM updates WHERE device = (SELECT min(device) FROM updates)",
+        "UPDATE versions SET digest = zeroblob(32) WHERE version = 1",
+    ],
+)
+def test_verify_finds_what_does_not_add_up(
+    folder: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    with closing(sqlite3.connect(folder / "store" / ledger.DATABASE)) as db, db:
+        db.execute(damage)
+    code, rows = replayed(folder, capsys)
+    assert code == 1
+    assert [r["holds"] for r in rows] == [True, False]
+
+
+def test_verify_says_what_it_cannot_check(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with closing(sqlite3.connect(folder / "store" / ledger.DATABASE)) as db, db:
+        db.execute("UPDATE updates SET blob = NULL")
+    code, rows = replayed(folder, capsys)
+    assert code == 0
+    assert rows[1]["replayed"] is None
+    assert run("verify", "--config", str(folder / "coordinator.toml"), "--task", "u") == 3
+    assert "expected a task of" in capsys.readouterr().err

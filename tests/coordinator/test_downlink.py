@@ -15,6 +15,7 @@ from fake_fleet import BUNDLE, FakeDevice, World
 from coordinator import pacing
 from coordinator.pacing import Pace
 from coordinator.task import Task
+from coordinator.versions import target_of
 from edge_sdk import params, patches, topics
 from edge_sdk.errors import ConfigError
 
@@ -107,7 +108,7 @@ def test_what_a_patch_loses_is_not_lost(tmp_path: Path) -> None:
             for number in range(1, 9):
                 await train(world, devices, range(number, number + 1))
                 desk = coordinator._intake.desks["t"]
-                gaps.append(float(np.linalg.norm(desk.target() - desk.weights())))
+                gaps.append(float(np.linalg.norm(target_of(desk.version) - desk.weights())))
             assert max(gaps[4:]) < 3 * max(gaps[:4])
 
     play(tmp_path, story)

@@ -18,9 +18,9 @@ from fake_fleet import BUNDLE, FakeDevice, World
 
 from coordinator import pacing
 from coordinator.aggregators import Report
-from coordinator.desk import first_version
 from coordinator.strategy import Strategy, fedadam
 from coordinator.task import Task
+from coordinator.versions import first_version
 from edge_sdk import codec, params, patches, topics
 
 ROUNDS = 4
