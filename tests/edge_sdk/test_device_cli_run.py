@@ -143,6 +143,52 @@ def test_a_device_process_takes_part_and_stops_cleanly(
 
 
 @pytest.mark.broker
+def test_a_process_of_two_devices_that_is_killed_comes_back_with_both(
+    tmp_path: Path, broker: str, coordinator: Scripted
+) -> None:
+    boards = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        boards.append(Board(tmp_path / name, broker, coordinator_key=KEY.public.hex()))
+        boards[-1].give()
+    command = [sys.executable, "-m", "edge_sdk", "device", "run"]
+    command += [part for board in boards for part in ("--config", str(board.config))]
+
+    def start(failpoints: str) -> subprocess.Popen[bytes]:
+        env = {**os.environ, "FEDGE_FAILPOINTS": failpoints}
+        with boards[0].log.open("ab") as log:
+            return subprocess.Popen(command, stderr=log, env=env)
+
+    process = start("after_send:kill")
+    coordinator.publish_model(1, weights_of(BUNDLE, 0.125))
+    until(lambda: sum(c.ready for c in coordinator.checkins) == 2, within_s=20)
+    assert boards[0].device != boards[1].device
+    for board in boards:
+        coordinator.round = 0
+        coordinator.invite(board.device)
+    assert process.wait(20) == -signal.SIGKILL
+    coordinator.checkins.clear()
+    process = start("")
+    until(lambda: sum(c.ready for c in coordinator.checkins) == 2, within_s=20)
+    for board in boards:
+        if not board.status().get("receipts") and not list(board.state.glob("outbox/*.update")):
+            coordinator.round = 0
+            coordinator.invite(board.device)  # a coordinator would invite it again
+    until(lambda: all(b.status().get("receipts") for b in boards), within_s=20)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 0, boards[0].log.read_text()
+    assert len({update for _, update in coordinator.updates}) == 2
+
+
+def test_two_devices_in_one_state_folder_are_refused(tmp_path: Path) -> None:
+    board = Board(tmp_path, "mqtt://127.0.0.1:1")
+    (tmp_path / "again.toml").write_text(board.config.read_text())
+    twice = ["--config", str(board.config), "--config", str(tmp_path / "again.toml")]
+    with pytest.raises(ConfigError, match="a state folder of its own for each device"):
+        device_cli.main(["run", *twice])
+
+
+@pytest.mark.broker
 @pytest.mark.parametrize(
     ("failpoint", "trainings"),
     [
