@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from edge_sdk.errors import ConfigError
 
 FIELDS = ("x_train", "y_train", "client_train", "x_test", "y_test")
+DRAWS = 20
 LEAST_ROWS = 2
 """A device with fewer rows than this cannot show a loss that means anything."""
 
@@ -33,22 +34,26 @@ def dirichlet(
 ) -> NDArray[np.int64]:
     """Give each row to a device, each class in Dirichlet(alpha) shares (Hsu et al. 2019).
 
-    Draws again until every device holds at least `LEAST_ROWS` rows.
+    Draws again where a device holds fewer than `LEAST_ROWS` rows; with so many devices that this
+    goes on, the richest give what is missing.
     Returns: int64 `[rows]`, the device of each row.
     """
     if len(labels) < devices * LEAST_ROWS:
         raise ConfigError(
             f"{len(labels)} training rows are too few for {devices} devices; use fewer"
         )
-    while True:
-        owner = np.empty(len(labels), np.int64)
+    owner = np.empty(len(labels), np.int64)
+    for _ in range(DRAWS):
         for label in np.unique(labels):
             rows = rng.permutation(np.flatnonzero(labels == label))
             cuts = np.cumsum(rng.dirichlet(np.full(devices, alpha)))[:-1]
             for device, part in enumerate(np.split(rows, (cuts * len(rows)).astype(np.int64))):
                 owner[part] = device
         if np.bincount(owner, minlength=devices).min() >= LEAST_ROWS:
-            return owner
+            break
+    while (counts := np.bincount(owner, minlength=devices)).min() < LEAST_ROWS:
+        owner[np.flatnonzero(owner == counts.argmax())[0]] = counts.argmin()
+    return owner
 
 
 def load(path: Path, devices: int | None) -> Split:

@@ -14,7 +14,8 @@ from edge_sdk.errors import ConfigError
 RECIPES = ("digits", "anomaly")
 PROCESSES = 12
 """Up to so many devices have a process each, unless `hosts` says otherwise."""
-PER_HOST = 25
+PER_HOST, HOSTS = 25, 8
+"""More devices share more processes, then larger ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,8 @@ class Settings:
         """The devices of each process: one alone where it is to be hurt, the others shared out."""
         hurt = len(self.droppers) + len(self.stragglers)
         rest = self.devices - hurt
-        count = min(self.hosts or (rest if rest <= PROCESSES else -(-rest // PER_HOST)), rest)
+        chosen = rest if rest <= PROCESSES else min(-(-rest // PER_HOST), HOSTS)
+        count = min(self.hosts or chosen, rest)
         ends = [hurt + rest * i // count for i in range(count + 1)]
         shared = [range(*pair) for pair in pairwise(ends)]
         return [range(i, i + 1) for i in range(hurt)] + shared

@@ -43,6 +43,13 @@ def test_the_same_seed_splits_the_same_way() -> None:
     assert np.array_equal(first, again)
 
 
+def test_hundreds_of_devices_have_some_rows_each() -> None:
+    labels = np.repeat(np.arange(10), 132)
+    owner = data.dirichlet(labels, 500, 0.5, np.random.default_rng(0))
+    assert np.bincount(owner, minlength=500).min() == data.LEAST_ROWS
+    assert np.bincount(owner).sum() == 1320
+
+
 def test_too_few_rows_for_the_devices_is_one_clear_line() -> None:
     with pytest.raises(ConfigError, match="10 training rows are too few for 6 devices"):
         data.dirichlet(np.zeros(10, np.int64), 6, 0.5, np.random.default_rng(0))
@@ -107,6 +114,7 @@ def test_droppers_and_stragglers_are_other_devices_and_the_quorum_can_be_met() -
         ({"devices": 12}, [1] * 12),
         ({"devices": 100}, [25] * 4),
         ({"devices": 30}, [15] * 2),
+        ({"devices": 1000}, [125] * 8),
         ({"devices": 10, "hosts": 3}, [3, 3, 4]),
         ({"devices": 4, "hosts": 9}, [1] * 4),
         ({"devices": 20, "drop": 0.1, "straggle": 0.1, "hosts": 2}, [1, 1, 1, 1, 8, 8]),
