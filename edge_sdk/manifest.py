@@ -198,11 +198,14 @@ _MEMBER = _fields(
     }
 )
 _CUT = _fields({"axis": _INDEX, "of": _SIZE, "at": _list(_SIZE, MAX_NUMBERS)})
+_FLOAT = _fields(
+    {"param": _INDEX, "kind": _ANY, "offset": _OFFSET, "order": _ORDER, "rows": _CUT},
+    optional=("order", "rows"),
+)
+_WIDTHS = {"float16": 2, "float32": 4, "range": 4}
 _PATCH: dict[str, Check] = {
-    "float32": _fields(
-        {"param": _INDEX, "kind": _ANY, "offset": _OFFSET, "order": _ORDER, "rows": _CUT},
-        optional=("order", "rows"),
-    ),
+    "float16": _FLOAT,
+    "float32": _FLOAT,
     "range": _fields({"param": _INDEX, "kind": _ANY, "offset": _OFFSET}),
     "quantized": _fields(
         {
@@ -372,8 +375,8 @@ def _spans(field: str, patch: Mapping[str, Any], shapes: list[list[int]]) -> lis
         _fail(f"{field}.order", f"each axis of {shape} once", order)
     if kind == "range" and numbers != 1:
         _fail(f"{field}.param", "a parameter of one number", shape)
-    if kind in {"float32", "range"}:
-        return [(at, at + 4 * numbers)]
+    if kind in _WIDTHS:
+        return [(at, at + _WIDTHS[kind] * numbers)]
     scales = patch["scales"]
     if kind == "quantized":
         _check_quantized(field, patch, shape)

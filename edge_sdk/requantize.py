@@ -31,6 +31,7 @@ OCTAVES = 4.0
 MOST_OCTAVES = 16.0
 """How far a learned range may move: from 2**-16 to 2**16 of where it was."""
 
+_FLOATS = {"float16": "<f2", "float32": "<f4"}
 _INT32 = np.iinfo(np.int32)
 Patch = Mapping[str, Any]
 
@@ -52,8 +53,10 @@ def requantize(bundle: Bundle, params: Params, format: str = "onnx") -> bytes:  
     patches: list[Patch] = bundle.manifest["patches"][format]
     by_param = {p["param"]: p for p in patches if p["kind"] in {"quantized", "range"}}
     for patch in patches:
-        if patch["kind"] == "float32" and changed[patch["param"]]:
-            _write(model, patch, values[patch["param"]].astype("<f4"))
+        if patch["kind"] in _FLOATS and changed[patch["param"]]:
+            dtype = np.dtype(_FLOATS[patch["kind"]])
+            most = np.finfo(dtype).max
+            _write(model, patch, np.clip(values[patch["param"]], -most, most).astype(dtype))
         elif patch["kind"] == "quantized" and changed[patch["param"]]:
             _quantized(model, patch, values[patch["param"]])
         elif patch["kind"] == "range" and changed[patch["param"]]:

@@ -21,7 +21,7 @@ from edge_sdk.onnxschema import DTYPES, STRING
 
 _SHAPE_INPUT = {"ConstantOfShape": 0, "Expand": 1, "FILL": 0, "BROADCAST_TO": 1}
 _INTEGERS = {6: "<i4", 7: "<i8"}
-_WRITES = {"float32": "float32", "range": "float32", "bias": "int32"}
+_WRITES = {"float16": "float16", "float32": "float32", "range": "float32", "bias": "int32"}
 """What a kind of patch writes at its offset; a quantized one says it itself."""
 _CODES = {name: code for code, (name, _, _) in DTYPES.items()}
 

@@ -222,12 +222,18 @@ class _Writing:
         stored = graph.initializers[weight.source]
         laid_out = stored if order is None else np.transpose(stored, order)
         here = self.source.file.data(tensor.buffer)
-        if np.ascontiguousarray(laid_out).tobytes() != here:
+        is_half = tensor.dtype == "float16"
+        laid_out = laid_out.astype("<f2") if is_half else np.ascontiguousarray(laid_out)
+        if laid_out.tobytes() != here:
             raise CompileError(
                 f"expected {weight.name!r} as the .tflite file has it, the import changed it: "
                 "leave it out of train"
             )
-        patch = {"param": i, "kind": "float32", "offset": self._offset(t)}
+        patch: Patch = {
+            "param": i,
+            "kind": "float16" if is_half else "float32",
+            "offset": self._offset(t),
+        }
         if weight.quantized is not None:
             patch |= self._quantized(weight, t)
         if order is not None and weight.value.ndim:
@@ -270,7 +276,7 @@ class _Writing:
         tensor, scheme = self.source.tensors[t], weight.quantized
         if scheme is None or tensor.dtype not in {"int8", "uint8"}:
             raise CompileError(
-                f"expected int8, uint8 or float32 numbers in {tensor.name!r}, got {tensor.dtype} "
+                f"expected 8 bits or floats in {tensor.name!r}, got {tensor.dtype} "
                 "that no kernel's bias is: leave it out of train"
             )
         points = [int(z) for z in scheme.zero_point]
@@ -292,7 +298,7 @@ def _origin(source: Source, weight: Weight) -> int:
     origin = source.imported.origins.get(weight.source)
     if origin is None:
         raise CompileError(
-            f"expected weights that the .tflite file stores in float32 or 8 bits, {weight.name!r} "
+            f"expected weights that the .tflite file stores in floats or 8 bits, {weight.name!r} "
             "is computed, or in another type: leave it out of train"
         )
     for op in source.operators:

@@ -212,6 +212,39 @@ def dense_float() -> bytes:
     return b.pack(x, source)
 
 
+def dense_float16() -> bytes:
+    """Two layers of float16 weights, made float32 by DEQUANTIZE: [1, 8] to [1, 4]."""
+    b = Builder(6)
+    x = source = b.tensor("x", (1, 8), "float32")
+    for i, size in enumerate((6, 4)):
+        read = []
+        for name, shape in (("w", (size, b.graph.tensors[source].shape[-1])), ("b", (size,))):
+            half = b.tensor(f"{name}{i}", shape, "float16", b.rng.normal(size=shape))
+            whole = b.tensor(f"{name}{i}.float32", shape, "float32")
+            read.append(b.op("DEQUANTIZE", (half,), whole, "DequantizeOptions", 3))
+        y = b.tensor(f"y{i}", (1, size), "float32")
+        options = {"fusedActivationFunction": RELU if i == 0 else 0}
+        inputs = (source, *read)
+        source = b.op("FULLY_CONNECTED", inputs, y, "FullyConnectedOptions", 1, **options)
+    return b.pack(x, source)
+
+
+def dense_uint8() -> bytes:
+    """Two layers in uint8 with zero points inside their ranges, as older converters made them."""
+    b = Builder(5)
+    x = y = b.tensor("x", (1, 8), "uint8", scale=(0.02,), zero=120)
+    for i, (size, zero) in enumerate(((6, 0), (4, 128))):
+        shape = (size, b.graph.tensors[y].shape[-1])
+        data = b.rng.integers(0, 256, shape)
+        w = b.tensor(f"w{i}", shape, "uint8", data, scale=(0.01,), zero=131 - 9 * i)
+        bias = b.bias(f"b{i}", y, w)
+        out = b.tensor(f"y{i}", (1, size), "uint8", scale=(0.05,), zero=zero)
+        options = {"fusedActivationFunction": RELU if i == 0 else 0}
+        y = b.op("FULLY_CONNECTED", (y, w, bias), out, "FullyConnectedOptions", 1, **options)
+    made = b.tensor("probabilities", (1, 4), "uint8", scale=(1 / 256,), zero=0)
+    return b.pack(x, b.op("SOFTMAX", (y,), made, "SoftmaxOptions", 1, beta=1.0))
+
+
 def litert(model: bytes, x: Any) -> Any:
     """Return LiteRT's outputs for a batch, row by row, for the model's only output."""
     runtime = Interpreter(model_content=model, num_threads=1)

@@ -143,7 +143,8 @@ class Forward:
     def is_weight(self, i: int) -> bool:
         """Tell whether a tensor is constant numbers, float or quantized, not sizes or indices."""
         t = self.tensor(i)
-        return self.known(i) is not None and (t.dtype == "float32" or self.is_quantized(i))
+        is_float = t.dtype in {"float16", "float32"}
+        return self.known(i) is not None and (is_float or self.is_quantized(i))
 
     def is_stored(self, i: int) -> bool:
         """Tell whether a constant is in the file, not computed here."""
@@ -447,7 +448,8 @@ class Forward:
         name = self.names[i]
         array = np.ascontiguousarray(array.reshape(dims).transpose(order))
         self.e.initializer(name, array)
-        if t.dtype == array.dtype.name and self.file.buffers[t.buffer].size:
+        kept = "float32" if t.dtype == "float16" else t.dtype
+        if kept == array.dtype.name and self.file.buffers[t.buffer].size:
             back = tuple(int(n) for n in np.argsort(order))
             self.origins[name] = Origin(i, None if back == tuple(range(len(back))) else back)
         if not self.is_quantized(i):

@@ -150,9 +150,8 @@ def test_every_trained_tensor_is_one_of_the_file(name: str) -> None:
         tensor = graph.tensors[origin.tensor]
         master = numpy_helper.to_array(stored[initializer])
         laid = master if origin.order is None else np.transpose(master, origin.order)
-        assert laid.astype(laid.dtype.newbyteorder("<")).tobytes() == bytes(
-            file.data(tensor.buffer)
-        )
+        here = laid.astype(np.dtype(tensor.dtype).newbyteorder("<"))
+        assert here.tobytes() == bytes(file.data(tensor.buffer))
     for name_of_step, tensors in made.steps.items():
         step = float(numpy_helper.to_array(stored[name_of_step]).reshape(()))
         assert {float(graph.tensors[i].scale[0]) for i in tensors} == {step}
