@@ -39,6 +39,37 @@ def test_a_float_model_holds_the_new_values_and_nothing_else_moved() -> None:
     assert (model[:at], model[end:]) == (original(bundle)[:at], original(bundle)[end:])
 
 
+def patched(bundle: Bundle, index: int, **fields: object) -> Bundle:
+    """Return a bundle with one patch spelled otherwise."""
+    manifest = {k: v for k, v in bundle.manifest.items() if k != "members"}
+    patches = [dict(p) for p in manifest["patches"]["onnx"]]
+    patches[index] |= fields
+    members = {k: bundle.member(k) for k in bundle.manifest["members"]}
+    return pack(manifest | {"patches": {"onnx": patches}}, members)
+
+
+def test_half_precision_takes_two_bytes_a_number_and_is_never_infinite() -> None:
+    bundle = patched(mlp(), 2, kind="float16")
+    params = bundle.params()
+    params["w2"] = initial((6, 5, 3), 9)["w2"]
+    params["w2"][0, 0] = 1e9
+    model = requantize(bundle, params)
+    patch = bundle.manifest["patches"]["onnx"][2]
+    expected = np.clip(params["w2"], -65504, 65504).astype(np.float16)
+    np.testing.assert_array_equal(read(model, patch, 15, "<f2").reshape(5, 3), expected)
+    end = patch["offset"] + 30
+    assert model[end:] == original(bundle)[end:]
+
+
+def test_a_weight_is_laid_out_as_its_format_has_it() -> None:
+    bundle = patched(mlp(), 2, order=[1, 0])
+    params = bundle.params()
+    params["w2"] = initial((6, 5, 3), 9)["w2"]
+    patch = bundle.manifest["patches"]["onnx"][2]
+    found = read(requantize(bundle, params), patch, 15, "<f4").reshape(3, 5)
+    np.testing.assert_array_equal(found, params["w2"].T)
+
+
 def test_weights_and_scales_follow_the_numpy_reference() -> None:
     bundle = mlp(quantized=True)
     params = bundle.params()
