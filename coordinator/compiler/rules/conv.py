@@ -31,7 +31,8 @@ def choose(layer: Layer) -> Plan:
     The thresholds are where onnxruntime 1.32 changes sides (x86-64, 2 threads, batch 16).
     """
     w = layer.window
-    return Plan(_choose_filter(layer), "flipped" if w.is_flippable else "transposed")
+    turns = w.is_flippable and (w.taps == 1 or layer.group > 1)
+    return Plan(_choose_filter(layer), "flipped" if turns else "transposed")
 
 
 def _choose_filter(layer: Layer) -> str:
