@@ -117,9 +117,11 @@ def draft(task: Task, train: str | Sequence[str], way: Way = AT_ONCE) -> Draft:
     )
     step = arranged(step, task.batch or MOST_ROWS, again=way.again)
     measure = evaluate_graph(opened, task.loss, target=target)
-    predict, patches = predict_model(task.proto, task.forward, weights)
-    files: dict[str, dict[str, bytes]] = {"onnx": {"predict": predict}}
-    rewritten = {"onnx": patches}
+    files: dict[str, dict[str, bytes]] = {}
+    rewritten: dict[str, list[dict[str, Any]]] = {}
+    if "onnx" in task.formats or task.source is None:
+        predict, rewritten["onnx"] = predict_model(task.proto, task.forward, weights)
+        files["onnx"] = {"predict": predict}
     if "onnx" in task.formats:
         files["onnx"] |= {"train": _written(step), "evaluate": _written(measure)}
     if task.source is not None:
