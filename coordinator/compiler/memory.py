@@ -29,7 +29,7 @@ CONSTANT_SHARE = 1.5
 """Constants that the running graph reads, stored and folded, as they stay."""
 COPIES_LOADING = 2
 """Of stored constants, while a session is made: cut out of the bundle, parsed."""
-COPIES_PACKING = {"Conv": 2, "DequantizeLinear": 2, "Gemm": 1, "MatMul": 1}
+COPIES_PACKING = {"Conv": 2, "ConvTranspose": 1, "DequantizeLinear": 2, "Gemm": 1, "MatMul": 1}
 """Copies of a weight besides, by who reads it: into blocks of channels, or as a product likes it.
 A convolution does so when its bias, too, is constant."""
 SPARE_BYTES = 1_500_000
