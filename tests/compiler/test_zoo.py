@@ -15,7 +15,8 @@ import pytest
 from forward_models import Steps, Tensor, evaluate, predict, quantized
 from onnx import helper
 
-from coordinator.compiler import adam, build, export, sgd
+from coordinator.bench import memory
+from coordinator.compiler import adam, build, export, momentum, sgd
 from edge_sdk.bundle import Bundle
 from edge_sdk.limits import Limits
 
@@ -241,3 +242,17 @@ def test_eleven_million_parameters_build_in_seconds(tmp_path: Path, figure: Any)
     figure("build of ResNet-18, peak RAM over the model's size", copies, "<= 12")
     assert seconds <= 20
     assert copies <= 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("train", ["bias", "last:1"])
+def test_a_large_frozen_network_is_stored_once_and_takes_what_was_predicted(
+    train: str, figure: Any
+) -> None:
+    model = exported("resnet18")
+    made = build(model, loss="cross_entropy", train=train, optimizer=momentum(0.9, lr=0.01))
+    assert len(made.data) < model.ByteSize() * (2 if train == "bias" else 1.01)
+    made.check(ROOMY)
+    row = memory.row("resnet18", made, 4)
+    figure(f"memory to train {train} of resnet18: prediction off by", row["off"], "within 0.15")
+    assert abs(row["off"]) <= 0.15
