@@ -50,6 +50,7 @@ def build_main(argv: Sequence[str]) -> int:
         micro_batch=args.micro_batch,
         recompute=args.recompute,
         calibration=_calibration(parser, args.calibration),
+        engines=args.engines,
     )
     bundle.save(args.output)
     if args.json:
@@ -90,12 +91,12 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="fedge build",
-        description="Compile a float32 or QDQ int8 ONNX model into a bundle that trains on "
-        "stock onnxruntime.",
+        description="Compile a float32 or int8 model, ONNX or TFLite, into a bundle that trains on "
+        "stock runtimes.",
         epilog=_EXAMPLE,
     )
     add = parser.add_argument
-    add("model", help="the forward model, an .onnx file")
+    add("model", help="the forward model, an .onnx or .tflite file")
     add("-o", "--output", required=True, metavar="X.fedge", help="where the bundle goes")
     add("--loss", required=True, choices=sorted(LOSSES))
     add(
@@ -137,6 +138,14 @@ def _parser() -> argparse.ArgumentParser:
         choices=["fixed", "learned"],
         default="fixed",
         help="train the ranges of an int8 model's activations, too (default fixed)",
+    )
+    add(
+        "--engines",
+        nargs="+",
+        choices=["onnx", "tflite"],
+        default=["onnx"],
+        help="what to write training graphs for: onnx for onnxruntime, tflite for LiteRT and "
+        "tflite-runtime (default onnx)",
     )
     add("--name", help="of the bundle (default: the file's)")
     add("--json", action="store_true", help="print path, digest and size for machines")

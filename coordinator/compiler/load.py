@@ -74,10 +74,6 @@ def _parse(model: str | Path | bytes) -> onnx.ModelProto:
     if not isinstance(model, bytes):
         path = Path(model)
         name = path.name
-        if path.suffix == ".tflite":
-            raise CompileError(
-                f"expected an ONNX model, got {name}: .tflite is not read yet, export to ONNX"
-            )
         try:
             model = path.read_bytes()
         except OSError as error:

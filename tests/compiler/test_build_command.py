@@ -9,6 +9,7 @@ from pathlib import Path
 import onnx
 import pytest
 from forward_models import cnn, mlp
+from tflite_models import twins_int8
 
 from coordinator.compiler.cli import build_main
 from edge_sdk.bundle import Bundle
@@ -38,6 +39,23 @@ def test_it_writes_a_bundle_and_says_what_it_costs(
     printed = capsys.readouterr().out
     assert bundle.digest in printed
     assert "trainable share" in printed
+
+
+def test_a_tflite_file_is_built_and_passes_the_checks_of_a_device(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "net.tflite", tmp_path / "net.fedge"
+    path.write_bytes(twins_int8())
+    args = ["--loss", "cross_entropy", "--engines", "tflite", "onnx"]
+    assert build_main([str(path), "-o", str(out), *args]) == 0
+    bundle = Bundle.load(out)
+    assert {form: sorted(roles) for form, roles in bundle.manifest["graphs"].items()} == {
+        "onnx": ["evaluate", "predict", "train"],
+        "tflite": ["evaluate", "predict", "train"],
+    }
+    assert (bundle.manifest["source"], bundle.manifest["name"]) == ("tflite", "net")
+    bundle.check()
+    assert "net" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])

@@ -46,7 +46,7 @@ def test_operator_sets_before_11_are_refused() -> None:
 
 def test_unknown_losses_and_engines_are_refused() -> None:
     refuse(mlp(), r"bce_logits, cross_entropy, mse, got 'hinge'", loss="hinge")
-    refuse(mlp(), r"engines=\('onnx',\)", engines=("tflite",))
+    refuse(mlp(), r"engines out of 'onnx' and 'tflite'", engines=("abacus",))
 
 
 def test_cross_entropy_wants_classes() -> None:
