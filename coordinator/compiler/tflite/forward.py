@@ -26,6 +26,7 @@ OPSET = 20
 """The last at which onnxruntime's optimizer keeps the types of int8 training graphs straight."""
 
 _INT8 = ("int8", "uint8")
+_RAISED = 128
 _STORED = (*_INT8, "int32", "float32")
 
 
@@ -85,6 +86,7 @@ class Forward:
         self._doubled: dict[int, NDArray[Any]] = {}
         self._same: dict[int, int] = {}
         self._final: dict[str, str] = {}
+        self._fed: set[int] = set()  # int8 inputs that nobody has read as they are
 
     # -- asking -----------------------------------------------------------------------------
 
@@ -180,9 +182,12 @@ class Forward:
         if i not in self._values:
             return self._constant(i, layout)
         values = self._values[i]
+        if layout == "last" and i in self._fed:
+            self._fed.discard(i)
+            values["last"] = self.again(i, values["last"])
         if layout not in values:
             order = to_first(self.rank(i)) if layout == "first" else to_last(self.rank(i))
-            (value,) = values.values()
+            value = next(iter(values.values()))
             self._put(i, self.turned(value, order), layout)
         return values[layout]
 
@@ -267,7 +272,7 @@ class Forward:
         """Return moved numbers of a tensor, rounded once more: integer kernels ask for the pair."""
         if not self.is_quantized(i):
             return value
-        scale, zero = self.scale(i), self.zero(i)
+        scale, zero = self.scale(i), self._inner(i)
         return self.e.DequantizeLinear(self.e.QuantizeLinear(value, scale, zero), scale, zero)
 
     def know(self, i: int, value: NDArray[Any], doubled: NDArray[Any] | None = None) -> None:
@@ -311,14 +316,16 @@ class Forward:
         return self._scales[i]
 
     def zero(self, i: int) -> str:
-        """Return the name of an activation's zero point."""
+        """Return the name of an activation's zero point.
+
+        Inside the graph int8 is held as uint8, its zero point 128 higher: the same numbers.
+        onnxruntime on x86 does so by itself, but not for a tensor that several operators read.
+        """
         t = self.tensor(i)
         point = int(t.zero_point[0]) if len(t.zero_point) else 0
-        key = (t.dtype, point)
-        if key not in self._zeros:
-            array = np.array(point, t.dtype)
-            self._zeros[key] = self.e.initializer(f"zero.{t.dtype}.{point}", array)
-        return self._zeros[key]
+        if t.dtype == "int8" and i not in self.graph.inputs and i not in self.graph.outputs:
+            return self._point("uint8", point + _RAISED)
+        return self._point(t.dtype, point)
 
     def begin(self) -> None:
         """Declare the graph's inputs."""
@@ -339,6 +346,7 @@ class Forward:
             if self.is_quantized(i):
                 self._integers[i] = {"last": value}
                 value = self.e.DequantizeLinear(value, self.scale(i), self.zero(i))
+                self._fed |= {i} if t.dtype == "int8" else set()
             self._values[i] = {"last": value}
 
     def end(self) -> tuple[list[str], dict[str, str]]:
@@ -360,40 +368,27 @@ class Forward:
             outputs.append(value)
         return outputs, final
 
-    def activation(self, word: str, value: str, i: int, op: Operator) -> str:
-        """Emit an operator's fused activation, before tensor `i` is written."""
-        if word == "NONE":
-            return value
-        if word == "RELU":
-            return self.e.Relu(value)
-        if word == "TANH":
-            return self.e.Tanh(value)
-        bounds = {"RELU6": (0.0, 6.0), "RELU_N1_TO_1": (-1.0, 1.0)}.get(word)
-        if bounds is None:
-            raise refusal(op, self, f"its activation {word} has no gradient: convert without it")
-        return self.clip(value, bounds, i)
-
-    def clip(self, value: str, bounds: tuple[float, float], i: int) -> str:
-        """Emit a Clip before tensor `i`; an end that its lattice has lies where the lattice ends.
-
-        TFLite clips the rounded number at the rounded bound. A bound that rounds to the lattice's
-        last point is moved onto it: the same integers, and the runtime sees that it may drop it.
-        """
-        low, high = bounds
-        if self.is_quantized(i):
-            t = self.tensor(i)
-            ends, step = np.iinfo(t.dtype), t.scale[0]
-            least = np.float32(step * np.float32(ends.min - int(t.zero_point[0])))
-            most = np.float32(step * np.float32(ends.max - int(t.zero_point[0])))
-            low = float(least) if abs(low - least) < step / 2 else low
-            high = float(most) if abs(high - most) < step / 2 else high
-        return self.e.Clip(value, self.e.const(low), self.e.const(high))
-
     # -- inside -----------------------------------------------------------------------------
+
+    def _point(self, dtype: str, point: int) -> str:
+        key = (dtype, point)
+        if key not in self._zeros:
+            array = np.array(point, dtype)
+            self._zeros[key] = self.e.initializer(f"zero.{dtype}.{point}", array)
+        return self._zeros[key]
+
+    def _inner(self, i: int) -> str:
+        """Return the zero point of a tensor where the graph reads it, inputs and outputs too."""
+        t = self.tensor(i)
+        if t.dtype == "int8":
+            return self._point("uint8", int(t.zero_point[0]) + _RAISED)
+        return self.zero(i)
 
     def _put(self, i: int, value: str, layout: Layout) -> None:
         if self.is_quantized(i):
-            scale, zero = self.scale(i), self.zero(i)
+            is_turned_input = i in self.graph.inputs
+            scale = self.scale(i)
+            zero = self._inner(i) if is_turned_input else self.zero(i)
             whole = self.e.QuantizeLinear(value, scale, zero)
             self._integers.setdefault(i, {})[layout] = whole
             value = self.e.DequantizeLinear(whole, scale, zero)
@@ -456,7 +451,8 @@ class Forward:
             return name
         if len(t.scale) == 1:
             scale = self.e.initializer(f"{name}.scale", t.scale.reshape(()))
-            zero = None if t.dtype == "int32" else self.zero(i)
+            point = int(t.zero_point[0]) if len(t.zero_point) else 0
+            zero = None if t.dtype == "int32" else self._point(t.dtype, point)
             return self.e.DequantizeLinear(name, scale, zero)
         along = order.index(t.axis + len(dims) - len(t.shape))
         scale = self.e.initializer(f"{name}.scale", t.scale.copy())

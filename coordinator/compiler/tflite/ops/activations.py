@@ -9,6 +9,7 @@ import numpy as np
 
 from coordinator.compiler.tflite.forward import Forward
 from coordinator.compiler.tflite.layout import place
+from coordinator.compiler.tflite.ops.fused import activation, clip
 from coordinator.compiler.tflite.ops.hardswish import hard_swish
 from coordinator.compiler.tflite.ops.rounding import by_code, coarse, lattice, rounded_slope, twice
 from coordinator.compiler.tflite.table import imports
@@ -35,7 +36,7 @@ def _(f: Forward, op: Operator) -> None:
     def made(value: str) -> str:
         if f.is_quantized(x):
             value = twice(f, y, value, float(f.tensor(x).scale[0]) / float(f.tensor(y).scale[0]))
-        return f.e.Relu(value) if op.op == "RELU" else f.clip(value, _CLIPS[op.op], y)
+        return f.e.Relu(value) if op.op == "RELU" else clip(f, value, _CLIPS[op.op], y)
 
     _map(f, op, made)
 
@@ -109,7 +110,7 @@ def _(f: Forward, op: Operator) -> None:
     axis = f.e.ints(place(rank - 1, rank, layout))
     norm = f.e.Sqrt(f.e.Max(f.e.ReduceSumSquare(value, axis, keepdims=1), f.e.const(1e-6)))
     word = op.options.get("fused_activation_function", "NONE")
-    f.write(y, f.activation(word, f.e.Div(value, norm), y, op), layout)
+    f.write(y, activation(f, word, f.e.Div(value, norm), y, op), layout)
 
 
 def _map(f: Forward, op: Operator, make: Callable[[str], str]) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from coordinator.compiler.tflite.forward import Forward, refusal
 from coordinator.compiler.tflite.layout import Layout, moved, place
+from coordinator.compiler.tflite.ops.fused import activation
 from coordinator.compiler.tflite.table import imports
 from edge_sdk.tflitefile import Operator
 
@@ -23,7 +24,7 @@ def _(f: Forward, op: Operator) -> None:
     axis = place(op.options["axis"] % rank, rank, layout)
     value = f.e.Concat(*(f.operand(i, layout, rank) for i in op.inputs), axis=axis)
     word = op.options.get("fused_activation_function", "NONE")
-    f.write(y, f.activation(word, value, y, op), layout)
+    f.write(y, activation(f, word, value, y, op), layout)
 
 
 @imports("SPLIT", "SPLIT_V")

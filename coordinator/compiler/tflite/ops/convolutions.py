@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from coordinator.compiler.tflite.forward import Forward, Spread, refusal
+from coordinator.compiler.tflite.ops.fused import activation
 from coordinator.compiler.tflite.table import imports
 from edge_sdk.tflitefile import Operator
 
@@ -130,7 +131,7 @@ def _convolve(f: Forward, op: Operator, weight: str, kernel: tuple[int, int], gr
 def _finish(f: Forward, op: Operator, value: str) -> None:
     y = op.outputs[0]
     word = op.options.get("fused_activation_function", "NONE")
-    f.write(y, f.activation(word, value, y, op), "first")
+    f.write(y, activation(f, word, value, y, op), "first")
 
 
 def _bias(f: Forward, op: Operator, at: int) -> str | None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from coordinator.compiler.tflite.forward import Forward
+from coordinator.compiler.tflite.ops.fused import activation
 from coordinator.compiler.tflite.ops.rounding import has_ties, upwards
 from coordinator.compiler.tflite.table import imports
 from edge_sdk.tflitefile import Operator
@@ -124,7 +125,7 @@ def _combine(f: Forward, op: Operator, make: Callable[[str, str], str]) -> None:
     if op.op in {"ADD", "SUB"} and f.is_quantized(y) and has_ties(f, (a, b), y):
         value = upwards(f, y, value)
     word = op.options.get("fused_activation_function", "NONE")
-    f.write(y, f.activation(word, value, y, op), layout)
+    f.write(y, activation(f, word, value, y, op), layout)
 
 
 def _map(f: Forward, op: Operator, make: Callable[[str], str]) -> None:

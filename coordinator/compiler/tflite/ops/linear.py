@@ -6,6 +6,7 @@ from __future__ import annotations
 from math import prod
 
 from coordinator.compiler.tflite.forward import Forward, refusal
+from coordinator.compiler.tflite.ops.fused import activation
 from coordinator.compiler.tflite.ops.rounding import twice
 from coordinator.compiler.tflite.table import imports
 from edge_sdk.tflitefile import Operator
@@ -24,7 +25,7 @@ def _(f: Forward, op: Operator) -> None:
     bias = f.weight(op.inputs[2]) if len(op.inputs) > 2 and op.inputs[2] >= 0 else None
     product = f.e.Gemm(value, f.weight(w), bias, transB=1)
     word = op.options.get("fused_activation_function", "NONE")
-    product = f.activation(word, product, y, op)
+    product = activation(f, word, product, y, op)
     shape = (*f.shape(x)[:-1], outs) if op.options.get("keep_num_dims") else f.tensor(y).shape
     if prod(shape) == rows * outs and shape != (rows, outs):
         product = f.e.Reshape(product, f.e.ints(*shape))

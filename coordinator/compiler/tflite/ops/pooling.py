@@ -7,6 +7,7 @@ from math import prod
 
 from coordinator.compiler.tflite.forward import Forward
 from coordinator.compiler.tflite.ops.convolutions import same
+from coordinator.compiler.tflite.ops.fused import activation
 from coordinator.compiler.tflite.ops.rounding import away_from_zero
 from coordinator.compiler.tflite.table import imports
 from edge_sdk.tflitefile import Operator
@@ -58,4 +59,4 @@ def _window(f: Forward, op: Operator) -> tuple[tuple[int, int], tuple[int, int],
 
 def _finish(f: Forward, op: Operator, value: str) -> None:
     y = op.outputs[0]
-    f.write(y, f.activation(op.options["fused_activation_function"], value, y, op), "first")
+    f.write(y, activation(f, op.options["fused_activation_function"], value, y, op), "first")

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from coordinator.compiler.tflite.forward import Forward, refusal
+from coordinator.compiler.tflite.ops.fused import activation
 from coordinator.compiler.tflite.table import imports
 from edge_sdk.tflitefile import Operator
 
@@ -59,7 +60,7 @@ def _(f: Forward, op: Operator) -> None:
     grouped = f.e.Reshape(made, f.e.ints(f.shape(x)[0], filters // rank, rank))
     value = f.e.ReduceSum(grouped, f.e.ints(2), keepdims=0)
     value = f.e.Add(value, f.weight(bias)) if bias >= 0 else value
-    f.write(y, f.activation(op.options["fused_activation_function"], value, y, op))
+    f.write(y, activation(f, op.options["fused_activation_function"], value, y, op))
 
 
 def _check_lstm(f: Forward, op: Operator, inputs: Sequence[int]) -> None:

@@ -30,7 +30,9 @@ def _(f: Forward, op: Operator) -> None:
         return
     layout = f.layout(x, rank=len(before))
     value = f.read(x, layout)
-    if layout == "last" or prod(before[1:-1]) == 1 or before[-1] == 1:
+    if len(before) == 2 and len(after) == 4 and prod(after[1:-1]) == 1:
+        f.write(y, f.e.Reshape(value, f.e.ints(after[0], after[-1], 1, 1)), "first")
+    elif layout == "last" or prod(before[1:-1]) == 1 or before[-1] == 1:
         f.write(y, f.e.Reshape(value, f.e.ints(*after)))
     elif len(after) > 2 and (before[0], before[-1]) == (after[0], after[-1]):
         f.write(y, f.e.Reshape(value, f.e.ints(after[0], after[-1], *after[1:-1])), "first")
