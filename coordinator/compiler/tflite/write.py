@@ -33,6 +33,7 @@ ACTIVATIONS = {"NONE": 0, "RELU": 1, "RELU_N1_TO_1": 2, "RELU6": 3}
 _ACT, _PAD, _INT, _BOOL, _FLOAT = "activation", "padding", "int", "bool", "float"
 _TYPE, _INTS = "type", "ints"
 _BINARY = (("activation", _ACT),)
+_CODED = {_ACT: ACTIVATIONS, _PAD: PADDINGS, _TYPE: TYPES}
 
 OPTIONS: dict[str, tuple[int, tuple[tuple[str, str], ...]]] = {
     "Conv2D": (1, (
@@ -359,6 +360,8 @@ def _quantization(b: Any, q: Quantization) -> int:
 
 def _operator(b: Any, op: Operator, code: int) -> int:
     table = OPERATORS[op.op][1]
+    if op.options and not table:
+        raise CompileError(f"expected no options of {op.op}, it has no {sorted(op.options)}")
     kind, options = (0, None) if not table else _options(b, table, op)
     inputs, outputs = _numbers(b, op.inputs), _numbers(b, op.outputs)
     return _table(
@@ -389,15 +392,9 @@ def _option(b: Any, kind: str, value: Any) -> tuple[str, Any] | None:
         return "ref", _numbers(b, value)
     if kind == "text":
         return "ref", b.CreateString(value)
-    simple = {
-        _ACT: lambda: ("i8", ACTIVATIONS[value]),
-        _PAD: lambda: ("i8", PADDINGS[value]),
-        _TYPE: lambda: ("i8", TYPES[value]),
-        _BOOL: lambda: ("bool", value),
-        _FLOAT: lambda: ("f32", value),
-        _INT: lambda: ("i32", value),
-    }
-    return simple[kind]()
+    if kind in _CODED:
+        return "i8", _CODED[kind][value]
+    return {_BOOL: "bool", _FLOAT: "f32", _INT: "i32"}[kind], value
 
 
 def _signature(b: Any, model: Model) -> int:

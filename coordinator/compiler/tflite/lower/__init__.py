@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import coordinator.compiler.rewrites  # noqa: F401  fills the table
 from coordinator.compiler.graph import Graph
-from coordinator.compiler.passes import simplify
+from coordinator.compiler.passes import drop_unused, simplify
 from coordinator.compiler.rewrite import REWRITES, rewritten
 from coordinator.compiler.tflite.lower import (
     activations,
@@ -67,7 +67,8 @@ def lower_traced(
     """Return the file, and where in it each of the `traced` initializers is kept."""
     unknown = [n for n in graph.nodes if n.kind not in LOWERS and n.kind in REWRITES]
     if unknown:
-        graph = simplify(rewritten(graph, [value.name for value in graph.inputs]))
+        graph = rewritten(graph, [value.name for value in graph.inputs])
+        graph = drop_unused(graph) if traced else simplify(graph)  # traced ones must stay stored
     low = Lowering(graph, traced)
     inputs = [low.feed(value) for value in graph.inputs]
     for node in graph.nodes:

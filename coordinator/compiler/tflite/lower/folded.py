@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from coordinator.compiler.graph import Node
 from coordinator.compiler.tflite.lower.forms import Lowering
+from edge_sdk.errors import CompileError
 
 _LARGEST = 64  # elements of what is taken for a shape
 _TYPES = {1: "float32", 6: "int32", 7: "int64", 11: "float64"}
@@ -27,6 +28,12 @@ def _slice(_: Node, x: Array, starts: Array, ends: Array, *rest: Array) -> Array
     return x[tuple(cut)]
 
 
+def _whole(a: Array, b: Array) -> Array:
+    if (a % np.where(b == 0, 1, b)).any() or (b == 0).any():
+        raise CompileError(f"expected sizes that divide, got {a.tolist()} by {b.tolist()}")
+    return a // b
+
+
 def _cast(_: Node, x: Array) -> Array:
     return x
 
@@ -41,6 +48,10 @@ _FOLDS: dict[str, Callable[..., Array]] = {
     "Add": lambda _, a, b: a + b,
     "Sub": lambda _, a, b: a - b,
     "Mul": lambda _, a, b: a * b,
+    "Div": lambda _, a, b: _whole(a, b),
+    "Mod": lambda _, a, b: np.mod(a, b),
+    "Equal": lambda _, a, b: (a == b).astype(np.int64),
+    "Where": lambda _, by, a, b: np.where(by != 0, a, b),
     "Cast": _cast,
     "Identity": _cast,
     "ReduceProd": lambda n, x, *axes: np.prod(
@@ -54,7 +65,7 @@ def fold(low: Lowering, n: Node) -> bool:
     if n.kind not in _FOLDS or len(n.outputs) != 1:
         return False
     values = [low.known(name) for name in n.inputs if name]
-    if any(v is None or v.size > _LARGEST or v.dtype.kind not in "iu" for v in values):
+    if any(v is None or v.size > _LARGEST or v.dtype.kind not in "iub" for v in values):
         return False
     found = np.asarray(_FOLDS[n.kind](n, *(np.asarray(v, np.int64) for v in values)))
     dtype = _TYPES.get(n.attr("to", 7), "") if n.kind == "Cast" else "int64"

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from coordinator.compiler.graph import Node
 from coordinator.compiler.tflite.lower.forms import Lowering
 from coordinator.compiler.tflite.lower.table import lowers, refused
-from coordinator.compiler.tflite.tape import is_free
+from coordinator.compiler.tflite.tape import elements, is_free
 
 
 @lowers("Gather")
@@ -38,6 +38,9 @@ def _gather_rows(low: Lowering, n: Node) -> None:
 @lowers("ScatterND")
 def _scatter_rows(low: Lowering, n: Node) -> None:
     """Put rows into a tensor: both end to end, and of each row the one that counts."""
+    if n.attr("reduction", "none") == "add" and low.shape(n.inputs[1])[-1:] == (1,):
+        _add_rows(low, n)
+        return
     t, places = low.tape, _rows(low, n)
     data, rows = low.get(n.inputs[0]), low.get(n.inputs[2])
     if n.attr("reduction", "none") != "none" or len({*places.tolist()}) != len(places):
@@ -47,6 +50,24 @@ def _scatter_rows(low: Lowering, n: Node) -> None:
     order[places] = int(shape[0]) + np.arange(len(places), dtype=np.int32)
     inputs = [t.concat([data, rows], 0), t.const(order, "int32")]
     low.put(n.outputs[0], t.add("GATHER", inputs, shape, axis=0, batch_dims=0))
+
+
+def _add_rows(low: Lowering, n: Node) -> None:
+    """Add rows up by their place: a product with a one-hot row for each."""
+    t, (data, places, rows) = low.tape, n.inputs
+    count, *rest = low.shape(data)
+    if is_free(count):
+        raise refused(n, "adds rows to a tensor as long as the batch")
+    many, width = elements(low.shape(places)), elements(rest)
+    fixed = low.constant(places)
+    at = low.get(places) if fixed is None else t.const(fixed % count, np.int32)
+    flat = t.reshape(at, (many,))
+    hot = _hot(low, flat, count, 1, (1.0, 0.0))
+    total = t.matmul(hot, t.reshape(low.get(rows), (many, width)), adj_x=True)
+    made = t.reshape(total, (count, *rest))
+    known = low.constant(data)
+    is_nothing = known is not None and not known.any()
+    low.put(n.outputs[0], made if is_nothing else t.plus(made, low.get(data)))
 
 
 def _rows(low: Lowering, n: Node) -> NDArray[np.int32]:
