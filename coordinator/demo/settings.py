@@ -34,7 +34,6 @@ class Settings:
     drop: float = 0.0
     straggle: float = 0.0
     deadline_s: float = 30.0
-    select_s: float = 1.0
     hosts: int = 0
     """Processes that share the devices, those of `drop` and `straggle` left out; 0 chooses."""
     kill_coordinator: int = 0
@@ -76,6 +75,12 @@ class Settings:
         """The devices that report late in every round: the ones after the droppers."""
         first = len(self.droppers)
         return range(first, first + round(self.straggle * self.devices))
+
+    @property
+    def select_s(self) -> float:
+        """How long a round waits for a full cohort: long where all of it is sure to come."""
+        hurt = len(self.droppers) + len(self.stragglers)
+        return 1.0 if self.devices - hurt < self.cohort else 20.0
 
     @property
     def groups(self) -> list[range]:

@@ -128,6 +128,12 @@ def test_devices_share_processes_but_those_that_are_to_be_hurt(
     assert [n for group in settings.groups for n in group] == list(range(settings.devices))
 
 
+def test_a_round_waits_for_its_cohort_unless_some_of_it_may_never_come() -> None:
+    assert Settings(devices=100, cohort=20, drop=0.3).select_s > 10
+    assert Settings().select_s > 10
+    assert Settings(drop=0.1).select_s == Settings(straggle=0.1).select_s == 1.0
+
+
 def test_a_recipe_brings_what_it_learns_well_with_and_options_win() -> None:
     plain = cli.settings(vars(cli.parser().parse_args(["--recipe", "anomaly"])))
     asked = cli.settings(vars(cli.parser().parse_args(["--recipe", "anomaly", "--lr", "0.5"])))
