@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     memory.add_argument("--loss", help="of a model from a file (cross_entropy)")
     memory.add_argument("--batch", type=int, help="rows of a step (4, 16 and 32)")
     memory.add_argument("--train", help="which weights (all, last:1 and bias)")
+    memory.add_argument("--max-ram", nargs="+", metavar="SIZE", help="what a build chooses to fit")
     memory.add_argument("--threads", type=int, default=1, help="of the runtime (1)")
     int8 = _kind(kinds, "int8", "accuracy of int8 training next to float32", _int8)
     int8.add_argument("--model", default="digits", help="a recipe's name (digits)")
@@ -127,6 +128,9 @@ def _memory(args: argparse.Namespace) -> Tables:
     from coordinator.bench import memory
 
     models = [args.model] if args.model else [*MODELS, "har", "digits"]
+    if args.max_ram:
+        how = {"batch": args.batch, "loss": args.loss, "threads": args.threads}
+        return {"memory": list(memory.within(models, args.max_ram, **how))}
     batches = [args.batch] if args.batch else memory.BATCHES
     selections = [args.train] if args.train else memory.SELECTIONS
     settings = {"batches": batches, "selections": selections, "loss": args.loss}

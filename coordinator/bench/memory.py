@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 
@@ -29,7 +29,14 @@ SELECTIONS = ("all", "last:1", "bias")
 _MIB = 1 << 20
 
 
-class Memory(TypedDict):
+class Way(TypedDict):
+    """How a step goes about its batch: rows at a time (0: all), operators computed again."""
+
+    micro_batch: int
+    recomputed: int
+
+
+class Memory(Way):
     """MiB: what training adds, and the process's peak before and after; `off`: of what is added.
 
     How much of the libraries' code is resident before training is the kernel's choice: on one
@@ -37,6 +44,7 @@ class Memory(TypedDict):
     """
 
     model: str
+    max_ram: NotRequired[str]
     train: str
     batch: int
     predicted_mib: float
@@ -73,6 +81,32 @@ def measure(
                 yield row(Path(model).stem, bundle, batch, threads)
 
 
+def within(
+    models: Sequence[str],
+    budgets: Sequence[str],
+    *,
+    batch: int | None = None,
+    loss: str | None = None,
+    threads: int = 1,
+) -> Iterator[Memory]:
+    """Yield a row for each model and `max_ram`, of what a build chose to keep within it.
+
+    Raises: as `measure`; CompileError for a budget that nothing fits.
+    """
+    for model in models:
+        proto = recipes.model(model)
+        for budget in budgets:
+            bundle = build(
+                proto,
+                loss=loss or recipes.LOSSES.get(model, "cross_entropy"),
+                optimizer=momentum(0.9, lr=0.001),
+                max_ram=budget,
+                batch=batch,
+            )
+            rows = int(bundle.manifest["cost"]["batch"])
+            yield {**row(Path(model).stem, bundle, rows, threads), "max_ram": budget}
+
+
 def row(name: str, bundle: Bundle, batch: int, threads: int = 1) -> Memory:
     """Measure one bundle. Raises: EngineError when the process ends early."""
     runtime, peak = grown(bundle, batch, threads)
@@ -82,6 +116,8 @@ def row(name: str, bundle: Bundle, batch: int, threads: int = 1) -> Memory:
         model=name,
         train=str(bundle.manifest["train"]),
         batch=batch,
+        micro_batch=cost.get("micro_batch", 0),
+        recomputed=cost.get("recomputed", 0),
         predicted_mib=predicted / _MIB,
         measured_mib=(peak - runtime) / _MIB,
         off=predicted / (peak - runtime) - 1,

@@ -18,10 +18,12 @@ import numpy as np
 from coordinator.compiler.body import Body
 from coordinator.compiler.emit import Emit
 from coordinator.compiler.graph import Graph, Node, Value
+from coordinator.compiler.lifetimes import bytes_of
 from coordinator.compiler.losses import Learned
 from coordinator.compiler.passes import rename, simplify
 
 _TOTAL = "g.total"  # rows of the whole batch, float32 [1]: what a slice's share is reckoned from
+_MUCH = 1 << 14  # bytes
 _CUT = {"x": "g.x", "y": "g.y"}  # a body's names of its rows
 
 
@@ -64,21 +66,31 @@ def accumulated(e: Emit, results: Sequence[str], rows: int) -> tuple[Emit, list[
 def _parted(graph: Graph) -> tuple[list[Node], tuple[Node, ...]]:
     """Return the nodes for the body and those for before it: these need no example.
 
-    Frozen integer weights stay next to what reads them, for the runtime to see the pattern.
+    What is before stands for the whole Loop. So what makes much of little (a banded matrix of a
+    filter) is made anew in each turn. Frozen integer weights stay next to what reads them, for the
+    runtime to see the pattern.
     """
-    inside = {"x", "y", _TOTAL}
+    inside, fixed = {"x", "y", _TOTAL}, set(graph.initializers)
     inner: list[Node] = []
     before: list[Node] = []
     for node in graph.nodes:
-        is_frozen = node.kind == "DequantizeLinear" and graph.initializers.keys() >= set(
-            node.inputs
-        )
-        if is_frozen or inside.intersection(node.inputs):
+        is_fixed = fixed.issuperset(node.inputs)
+        is_frozen = is_fixed and node.kind == "DequantizeLinear"
+        if is_fixed and not is_frozen:
+            fixed.update(node.outputs)
+        grows = not is_fixed and _grows(graph, node)
+        if is_frozen or grows or inside.intersection(node.inputs):
             inside.update(node.outputs)
             inner.append(node)
         else:
             before.append(node)
     return inner, tuple(before)
+
+
+def _grows(graph: Graph, node: Node) -> bool:
+    """Tell whether a node makes much more than it reads."""
+    made, read = (sum(bytes_of(graph, n) for n in names) for names in (node.outputs, node.inputs))
+    return made > _MUCH + 2 * read
 
 
 def _body(whole: Graph, inner: list[Node], rows: int) -> tuple[Body, list[str]]:

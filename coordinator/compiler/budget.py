@@ -137,20 +137,25 @@ class _Search:
         self._priced: dict[tuple[str, Way], Cost | None] = {}
 
     def run(self, selections: Sequence[str]) -> Choice:
+        found = self._searched(selections)
+        if found is not None:
+            return found
+        known = {asked: cost for asked, cost in self._priced.items() if cost is not None}
+        raise CompileError(refusal(known, self._limits))
+
+    def _searched(self, selections: Sequence[str]) -> Choice | None:
         if found := self._chosen(selections[0]):
             return found
         layered = [s for s in selections[1:] if s.startswith("last:") and s != "last:1"]
         low, high = 0, len(layered)
         while low < high:
             middle = (low + high) // 2
-            fits = any(self._rows(train) for train in reversed(self._parts(layered[middle])))
-            low, high = (low, middle) if fits else (middle + 1, high)
+            low, high = (low, middle) if self._may_fit(layered[middle]) else (middle + 1, high)
         rest = [s for s in selections[1:] if s not in layered]
         for train in (*layered[low:][:1], *rest):
             if found := self._chosen(train):
                 return found
-        known = {asked: cost for asked, cost in self._priced.items() if cost is not None}
-        raise CompileError(refusal(known, self._limits))
+        return None
 
     def _parts(self, train: str) -> list[str]:
         """Return a selection and its shares, widest first."""
@@ -159,22 +164,22 @@ class _Search:
         among = "" if train == "all" else f":{train}"
         return [train, *(f"sparse:{share:g}{among}" for share in self._shares)]
 
+    def _may_fit(self, train: str) -> bool:
+        """Tell whether any part of a selection fits: the narrowest that can be, if one does."""
+        for part in reversed(self._parts(train)):
+            if self._rows(part):
+                return True
+            if self._cost(part, self._ways[-1]) is not None:
+                break
+        return False
+
     def _chosen(self, train: str) -> Choice | None:
-        """Return the widest part of a selection that fits, and how; the narrowest is tried first.
-
-        A part of it never takes more than the whole.
-        """
-        *wider, narrowest = self._parts(train)
-        if not self._rows(narrowest):
-            return None if self._cost(narrowest, self._ways[-1]) else self._first(wider)
-        return self._first([*wider, narrowest])
-
-    def _first(self, parts: Sequence[str]) -> Choice | None:
-        for part in parts:
-            if rows := self._rows(part):
-                told = (w for w in self._ways if self._fits(part, w, rows))
-                return Choice(part, None if self._limits.ram is None else rows, next(told))
-        return None
+        """Return the widest part of a selection that fits, and how."""
+        if not self._may_fit(train):
+            return None
+        part, rows = next((p, n) for p in self._parts(train) if (n := self._rows(p)))
+        way = next(w for w in self._ways if self._fits(part, w, rows))
+        return Choice(part, None if self._limits.ram is None else rows, way)
 
     def _rows(self, train: str) -> int | None:
         """Return the most rows a step on which a selection fits in any way.

@@ -19,7 +19,7 @@ from coordinator.compiler.explain import cost
 from coordinator.compiler.graph import Graph, Value
 from coordinator.compiler.losses import Loss, classes_of
 from coordinator.compiler.lowered import lowered, lowered_predict
-from coordinator.compiler.memory import RUNTIME_BYTES, Held, by_batch, unsized
+from coordinator.compiler.memory import RUNTIME_BYTES, ByBatch, Held
 from coordinator.compiler.optim import Optimizer, Slot
 from coordinator.compiler.passes import drop_unused
 from coordinator.compiler.predict import predict_model
@@ -85,15 +85,17 @@ class Draft(NamedTuple):
 
     @property
     def cost(self) -> Cost:
-        """Return the manifest's cost table."""
+        """Return the manifest's cost table, where memory is told when asked for."""
         table: Cost = self.manifest["cost"]
         return table
 
     def packed(self, called: Mapping[str, Any], rows: int | None = None) -> Bundle:
         """Return the bundle; with `rows`, devices keep to so many a step."""
-        table = dict(self.cost)
-        if rows is not None:
-            table |= {"batch": rows, "ram_peak": RUNTIME_BYTES + table["ram_train"][str(rows)]}
+        told: ByBatch = self.cost["ram_train"]
+        table = {**self.cost, "ram_train": dict(told)}
+        table["ram_peak"] = RUNTIME_BYTES + told[str(MOST_ROWS if rows is None else rows)]
+        table |= {} if rows is None else {"batch": rows}
+        table |= {"unsized": told.unsized} if told.unsized else {}
         spans = shared.spans(self.members, [p["shape"] for p in self.manifest["params"]])
         return pack(self.manifest | {**called, "cost": table}, self.members, spans)
 
@@ -158,7 +160,7 @@ def draft(task: Task, train: str | Sequence[str], way: Way = AT_ONCE) -> Draft:
         "slots": [slot._asdict() | {"shape": list(slot.shape)} for slot in slots],
         "graphs": graphs,
         "patches": rewritten,
-        "cost": table | _ram(task, step, weights, slots, members),
+        "cost": table | {"ram_train": _ram(task, step, weights, slots, members)},
     }
     return Draft(manifest, members)
 
@@ -198,8 +200,8 @@ def _ram(
     weights: Sequence[Weight],
     slots: Sequence[Slot],
     members: Mapping[str, bytes],
-) -> dict[str, Any]:
-    """Return what the cost table says of memory: bytes added, by rows, and a process's peak."""
+) -> ByBatch:
+    """Return what training adds to memory, by rows of a step."""
     held = Held(
         members=shared.stored_bytes(members, [w.value.shape for w in weights]),
         params=sum(4 * w.value.size for w in weights),
@@ -207,10 +209,7 @@ def _ram(
         example=sum(map(_row_bytes, step.inputs[:2])),
         is_proximal=task.is_proximal,
     )
-    told = by_batch(step, held, task.batch or MOST_ROWS)
-    lacking = unsized(step)
-    table = {"ram_train": told, "ram_peak": RUNTIME_BYTES + told[str(MOST_ROWS)]}
-    return table | ({"unsized": lacking} if lacking else {})
+    return ByBatch(step, held, task.batch or MOST_ROWS)
 
 
 def _row_bytes(value: Value) -> int:

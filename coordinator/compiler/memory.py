@@ -11,6 +11,7 @@ Pure.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from coordinator.compiler.body import bodies
@@ -110,10 +111,35 @@ def _loading(graph: Graph) -> int:
     return sum(n * graph.initializers[name].nbytes for name, n in copies.items())
 
 
-def by_batch(train: Graph, held: Held, batch: int) -> dict[str, int]:
-    """Return the totals for `BATCHES` and `batch`, keyed by the number of rows as text."""
-    sizes = sorted({*BATCHES, batch})
-    return {str(n): footprint(train, held, n).total for n in sizes}
+class ByBatch(Mapping[str, int]):
+    """Totals by the number of rows, as text; each is worked out when it is asked for, once."""
+
+    def __init__(self, train: Graph, held: Held, batch: int) -> None:
+        """Take a graph and what is held besides, for `BATCHES` and `batch` rows."""
+        self._train, self._held = train, held
+        self._totals: dict[str, int] = {}
+        self._sizes = [str(n) for n in sorted({*BATCHES, batch})]
+
+    def __getitem__(self, rows: str) -> int:
+        """Return what training on so many rows a step adds, bytes."""
+        if rows not in self._sizes:
+            raise KeyError(rows)
+        if rows not in self._totals:
+            self._totals[rows] = footprint(self._train, self._held, int(rows)).total
+        return self._totals[rows]
+
+    def __iter__(self) -> Iterator[str]:
+        """Go through the numbers of rows, rising."""
+        return iter(self._sizes)
+
+    def __len__(self) -> int:
+        """Return how many numbers of rows there are."""
+        return len(self._sizes)
+
+    @property
+    def unsized(self) -> int:
+        """How many tensors have a size that nobody can tell before running: they count as 0."""
+        return unsized(self._train)
 
 
 def unsized(train: Graph) -> int:

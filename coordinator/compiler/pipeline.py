@@ -133,7 +133,7 @@ def build(
 
     is_told = limits.ram is None or not may_slice
     told = [way] if is_told else ways(micro_batch, recompute, batch)
-    may_share = train is None and (limits.ram, limits.update) != (None, None)
+    may_share = train is None and (limits.update is not None or calibration is not None)
     chosen = choose(list(options), price, limits, told, SHARES if may_share else ())
     return drafts[chosen.train, chosen.way].packed(called, rows=chosen.rows)
 
