@@ -51,7 +51,7 @@ _FOLDS: dict[str, Callable[..., Array]] = {
     "Div": lambda _, a, b: _whole(a, b),
     "Mod": lambda _, a, b: np.mod(a, b),
     "Equal": lambda _, a, b: (a == b).astype(np.int64),
-    "Where": lambda _, by, a, b: np.where(by != 0, a, b),
+    "Where": lambda _, by, a, b: np.asarray(np.where(by != 0, a, b)),
     "Cast": _cast,
     "Identity": _cast,
     "ReduceProd": lambda n, x, *axes: np.prod(
