@@ -12,7 +12,7 @@ from coordinator.bench.child import BATCHES, save
 from coordinator.bench.int8 import quantize
 from coordinator.compiler import build, momentum, sgd
 from edge_sdk.bundle import Bundle
-from edge_sdk.errors import CompileError
+from edge_sdk.errors import CompileError, ConfigError
 from edge_sdk.params import count
 
 LR, DECAY = 0.001, 0.9
@@ -77,9 +77,12 @@ def prepare(
     decay = DECAY if optimizer == "momentum" else 0.0
     if mode != "int8":
         bundle, lacks = _built(proto, formats, chosen, folder)
-        plan.write(proto, loss, list(bundle.shapes), lr=LR, decay=decay, folder=folder)
+        if not isinstance(proto, Path):
+            plan.write(proto, loss, list(bundle.shapes), lr=LR, decay=decay, folder=folder)
         save(folder, *recipes.examples(bundle, batch * BATCHES))
         return Case(Path(model).stem, mode, folder, bundle, batch, lacks=lacks)
+    if isinstance(proto, Path):
+        raise ConfigError(f"mode int8 quantizes a float32 ONNX model, got {model}: use mode head")
     twin = folder / "twin"
     twin.mkdir()
     exact, _ = _built(proto, formats, chosen, twin)

@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_step(step: argparse.ArgumentParser) -> None:
     step.add_argument(
-        "--model", nargs="+", help="recipes or ONNX files (the four of MLPerf Tiny)", default=MODELS
+        "--model", nargs="+", help="recipes or files (the four of MLPerf Tiny)", default=MODELS
     )
     step.add_argument(
         "--mode", nargs="+", choices=MODES, default=MODES, help="what is trained (every mode)"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models to measure: a recipe of `models/` by its name, or anybody's ONNX file."""
+"""Models to measure: a recipe of `models/` by its name, or anybody's ONNX or TFLite file."""
 
 from __future__ import annotations
 
@@ -20,14 +20,18 @@ LOSSES |= {"autoencoder": "mse", "har": "cross_entropy", "digits": "cross_entrop
 
 
 def model(name: str) -> Any:
-    """Return a recipe's ModelProto, or read the ONNX file of that path.
+    """Return a recipe's ModelProto, or that of an ONNX file; a .tflite file stays a path.
 
     Raises: ConfigError when there is neither.
     """
     if name in LOSSES:
         return recipe(name).build()
     if not Path(name).is_file():
-        raise ConfigError(f"expected one of {', '.join(LOSSES)} or an ONNX file, got {name!r}")
+        raise ConfigError(
+            f"expected one of {', '.join(LOSSES)} or an ONNX or TFLite file, got {name!r}"
+        )
+    if name.endswith(".tflite"):
+        return Path(name)
     import onnx
 
     return onnx.load_model(name)

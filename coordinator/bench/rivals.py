@@ -38,6 +38,8 @@ class Rival(NamedTuple):
 
 def start(name: str, case: Case, threads: int, python: str | None, stack: ExitStack) -> Rival:
     """Start a rival on a case for the length of `stack`."""
+    if not (case.folder / "plan.json").exists():
+        return Rival(name, why=f"{name} reads no .tflite file")
     if name == TORCH:
         if not find_spec("torch"):
             return Rival(name, why="torch is not installed")

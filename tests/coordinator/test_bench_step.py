@@ -12,6 +12,7 @@ from typing import Any, cast
 import pytest
 
 from coordinator.bench import child, cli, device, plan, recipes, rivals, step
+from coordinator.compiler import build
 from edge_sdk.engine import ENGINES
 from edge_sdk.errors import ConfigError, EngineError
 
@@ -107,6 +108,18 @@ def test_an_engine_that_is_not_there_leaves_a_row_that_says_so() -> None:
     if not importlib.util.find_spec("tflite_runtime"):
         assert rows[1]["ms"] is None
         assert rows[1]["note"]
+
+
+def test_a_tflite_file_is_measured_without_torch(tmp_path: Path) -> None:
+    formats = ("onnx", "tflite")
+    made = build(recipes.model("autoencoder"), loss="mse", train="last:1", engines=formats)
+    file = tmp_path / "anomalies.tflite"
+    file.write_bytes(made.graph("tflite", "predict"))
+    (cost,) = step.measure(str(file), "head", loss="mse", settings=quick())
+    assert (cost["model"], cost["note"]) == ("anomalies", "torch reads no .tflite file")
+    assert cast("float", cost["ms"]) > 0
+    with pytest.raises(ConfigError, match="use mode head"):
+        step.measure(str(file), "int8", loss="mse", settings=quick())
 
 
 def test_losses_that_differ_stop_the_measurement() -> None:
