@@ -27,6 +27,7 @@ from coordinator.compiler.dequant import (
 from coordinator.compiler.emit import Emit
 from coordinator.compiler.graph import Graph, Node, Tensor, Value
 from coordinator.compiler.inplace import start_products_from_sums
+from coordinator.compiler.lanes import in_whole_lanes
 from coordinator.compiler.losses import Learned, Loss
 from coordinator.compiler.optim import Optimizer, Slot, is_plain, proximal
 from coordinator.compiler.passes import drop_unused, rename, simplify
@@ -111,7 +112,7 @@ def train_graph(
     With `rows`, gradients are those of so many rows at a time, summed up (`accumulate`). With
     `rules`, another back end's gradients, images stay as the model has them.
     """
-    e = Emit(turn(opened.graph, opened.leaves) if rules is None else opened.graph)
+    e = Emit(_laid_out(opened) if rules is None else opened.graph)
     e.input("y", target.dtype or np.float32, target.shape)
     e.input("lr")
     made = loss.learn(e, opened.logits, "y")
@@ -141,6 +142,11 @@ def train_graph(
     order = ["x", "y", "lr", *params, *states, *(["mu", *anchors] if is_proximal else [])]
     shapes = {f"{p}.next": s for p, (_, s) in zip(params, opened.params, strict=True)}
     return _finished(e, results, names, order, shapes), slots
+
+
+def _laid_out(opened: Open) -> Graph:
+    """Lay images out as onnxruntime computes them quickest: frozen ones, then trained ones."""
+    return turn(in_whole_lanes(opened.graph), opened.leaves)
 
 
 def _stepping(e: Emit, made: Learned) -> Learned:
