@@ -15,6 +15,24 @@ class Ints(NamedTuple):
     values: Any
 
 
+class Ids(NamedTuple):
+    """An input of int32 numbers from 0 to 3."""
+
+    shape: tuple[int, ...]
+
+
+class Flags(NamedTuple):
+    """An input of booleans."""
+
+    shape: tuple[int, ...]
+
+
+class State(NamedTuple):
+    """A variable that starts at zeros."""
+
+    shape: tuple[int, ...]
+
+
 class Case(NamedTuple):
     """One operator: activations as shapes, constants as arrays."""
 
@@ -26,6 +44,7 @@ class Case(NamedTuple):
     modes: str = "float int8"
     out: tuple[float, int] | None = None  # scale and zero point; None: the input's
     outputs: int = 1
+    made: str = ""  # dtypes of the outputs where they are not the inputs'
 
 
 ONE_VERSION = {"EXPAND_DIMS", "HARD_SWISH", "PRELU", "RESHAPE", "SQUEEZE"}
@@ -311,4 +330,74 @@ CASES = {
         op.lower(): Case(op, [X], X, "", {}, "float")
         for op in ("ABS", "CEIL", "COS", "EXP", "FLOOR", "NEG", "ROUND", "SIGN", "SIN", "SQUARE")
     },
+    "add many": Case("ADD_N", [X, Y, X], X, modes="float"),
+    "best": Case(
+        "ARG_MAX",
+        [X, Ints(np.int32(3))],
+        (1, 6, 5),
+        "ArgMaxOptions",
+        {"outputType": 2},
+        "float",
+        made="int32",
+    ),
+    "worst": Case(
+        "ARG_MIN",
+        [X, Ints(np.int32(1))],
+        (1, 5, 4),
+        "ArgMinOptions",
+        {"outputType": 2},
+        "float",
+        made="int32",
+    ),
+    "best three": Case(
+        "TOPK_V2",
+        [(1, 7), Ints(np.int32(3))],
+        (1, 3),
+        "TopKV2Options",
+        {},
+        "float",
+        None,
+        2,
+        "float32 int32",
+    ),
+    "broadcast": Case(
+        "BROADCAST_TO", [(1, 1, 4), Ints([1, 3, 4])], (1, 3, 4), "BroadcastToOptions", {}, "float"
+    ),
+    "cast": Case(
+        "CAST", [X], X, "CastOptions", {"inDataType": 0, "outDataType": 2}, "float", made="int32"
+    ),
+    "embedding": Case(
+        "EMBEDDING_LOOKUP", [Ids((5,)), numbers(4, 3)], (5, 3), modes="float", made="float32"
+    ),
+    "gather of places": Case(
+        "GATHER_ND", [X, Ints([[0, 1], [0, 3]])], (2, 5, 4), "GatherNdOptions", {}, "float"
+    ),
+    "one hot": Case(
+        "ONE_HOT",
+        [Ids((1, 3)), Ints(np.int32(5)), np.float32(2), np.float32(-1)],
+        (1, 3, 5),
+        "OneHotOptions",
+        {"axis": -1},
+        "float",
+        made="float32",
+    ),
+    "choice": Case("SELECT", [Flags(X), X, Y], X, "SelectOptions", {}, "float"),
+    "choice, broadcast": Case("SELECT_V2", [Flags(X), X, B4], X, "SelectV2Options", {}, "float"),
+    "stateful filter": Case(
+        "SVDF",
+        [(1, 6), numbers(8, 6), numbers(8, 4), B4, State((1, 32))],
+        (1, 4),
+        "SVDFOptions",
+        {"rank": 2, "fusedActivationFunction": 1},
+        "float",
+    ),
+    **{
+        op.lower(): Case(op, [Ids(X), Ids(Y)], X, "", {}, "float", made="bool")
+        for op in ("EQUAL", "NOT_EQUAL", "LESS", "LESS_EQUAL", "GREATER", "GREATER_EQUAL")
+    },
+    **{
+        op.lower(): Case(op, [Flags(X), Flags(Y)], X, "", {}, "float", made="bool")
+        for op in ("LOGICAL_AND", "LOGICAL_OR")
+    },
+    "logical_not": Case("LOGICAL_NOT", [Flags(X)], X, "", {}, "float", made="bool"),
 }

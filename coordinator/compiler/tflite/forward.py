@@ -109,6 +109,13 @@ class Forward:
                 return tuple(dims[n] for n in order)
         return self.tensor(i).shape
 
+    def sizes(self, i: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return a tensor's shape for the file's batch and for twice of it."""
+        shape = self.shape(i)
+        if self.known(i) is not None or shape[:1] != (self.batch,):
+            return shape, shape
+        return shape, (2 * shape[0], *shape[1:])
+
     def rank(self, i: int) -> int:
         """Return a tensor's number of dimensions."""
         return len(self.shape(i))

@@ -132,7 +132,7 @@ def _is_foldable(f: Forward, op: Operator) -> bool:
     """Tell whether an operator of constants is arithmetic of sizes, not a layer of weights."""
     weights = [i for i in op.inputs if i >= 0 and f.is_weight(i) and f.is_stored(i)]
     quantized = any(f.is_quantized(i) for i in (*op.inputs, *op.outputs) if i >= 0)
-    return not quantized and all(prod(f.shape(i)) == 1 for i in weights)
+    return op.op != "DEQUANTIZE" and not quantized and all(prod(f.shape(i)) == 1 for i in weights)
 
 
 def _fold(f: Forward, op: Operator) -> None:

@@ -109,8 +109,9 @@ def _(f: Forward, op: Operator) -> None:
 
 @imports("ZEROS_LIKE")
 def _(f: Forward, op: Operator) -> None:
-    y = op.outputs[0]
-    f.know(y, np.zeros(f.shape(op.inputs[0]), f.tensor(y).dtype))
+    x, y = op.inputs[0], op.outputs[0]
+    sizes = f.sizes(x)
+    f.know(y, *(np.zeros(size, f.tensor(y).dtype) for size in sizes))
 
 
 def _combine(f: Forward, op: Operator, make: Callable[[str, str], str]) -> None:

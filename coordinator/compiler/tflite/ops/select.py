@@ -32,7 +32,8 @@ def _(f: Forward, op: Operator) -> None:
     ids, depth, on, off = op.inputs
     values = f.e.Concat(*(f.e.Reshape(f.read(i), f.e.ints(1)) for i in (off, on)), axis=0)
     size = f.e.const(np.int64(f.numbers(depth, op)[0]), np.int64)
-    f.write(op.outputs[0], f.e.OneHot(f.read(ids), size, values, axis=op.options["axis"]))
+    at = f.e.Cast(f.read(ids), to=np.int64)
+    f.write(op.outputs[0], f.e.OneHot(at, size, values, axis=op.options["axis"]))
 
 
 @imports("TOPK_V2")
