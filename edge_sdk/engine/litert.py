@@ -99,6 +99,10 @@ class Session:
         """Run the graph once. Raises: EngineError."""
         guarded("run the graph", self._interpreter.invoke)
 
+    def forget(self) -> None:
+        """Begin anew where the graph keeps state between runs, as TFLite's LSTM does."""
+        self._interpreter.reset_all_variables()
+
 
 class Sizes:
     """A graph's interpreters, one for each batch size seen lately."""
@@ -154,6 +158,7 @@ class LitertPredictor:
     def _answer(self, session: Session, x: NDArray[Any]) -> NDArray[Any]:
         name, out = next(iter(session.inputs)), next(iter(session.outputs))
         session.put(name, x)
+        session.forget()
         session.run()
         return session.view(out).copy()
 

@@ -252,6 +252,7 @@ def litert(model: bytes, x: Any) -> Any:
     to, of = runtime.get_input_details()[0]["index"], runtime.get_output_details()[0]["index"]
     rows = []
     for row in x:
+        runtime.reset_all_variables()  # an LSTM would go on where the last row left it
         runtime.set_tensor(to, row[np.newaxis])
         runtime.invoke()
         rows.append(runtime.get_tensor(of)[0])
