@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 from edge_sdk import ranks
@@ -20,6 +21,7 @@ from edge_sdk.graphview import GraphView, Operation
 _FLOAT32 = 1
 _ACTIVATION = "fused_activation_function"
 _MOST_TERMS = 10_000
+_MOST_STAGES = 16
 
 
 class Clip(NamedTuple):
@@ -48,8 +50,8 @@ _WORDS = {
 def clips(graph: GraphView, limit: float) -> list[Clip]:
     """Return the clip stages of that limit."""
     finder = _Finder(graph)
-    found = [finder.stage(node, limit) for node in graph.nodes if finder.divides(node)]
-    return [clip for clip in found if clip is not None]
+    stages = (finder.stage(node, limit) for node in graph.nodes if finder.divides(node))
+    return list(islice((stage for stage in stages if stage is not None), _MOST_STAGES))
 
 
 class _Finder:
@@ -61,6 +63,12 @@ class _Finder:
         self.words = _WORDS[self.is_tflite]
         self.makers = {name: node for node in graph.nodes for name in node.outputs}
         self.ranks: Mapping[str, int] = ranks.of(graph) if self.is_tflite else {}
+        self.origins: dict[str, str] = {}
+        """Of a tensor that has another's numbers, maybe in another order: that other. TFLite's."""
+        for node in graph.nodes if self.is_tflite else ():
+            if self._rearranges(node):
+                self.origins[node.outputs[0]] = self._origin(node.inputs[0])
+        self.squared: dict[str, tuple[str, ...]] = {}
 
     def divides(self, node: Operation) -> bool:
         return self._is(node, self.words.divide, 2)
@@ -75,7 +83,10 @@ class _Finder:
         root = self.makers.get(roots[0]) if len(roots) == 1 else None
         if root is None or not self._is(root, self.words.root, 1):
             return None
-        reads = self._squared(root.inputs[0])
+        total = root.inputs[0]
+        if total not in self.squared:
+            self.squared[total] = self._squared(total)
+        reads = self.squared[total]
         return Clip(reads, self._products(node.outputs[0], reads)) if reads else None
 
     def _squared(self, total: str) -> tuple[str, ...]:
@@ -136,12 +147,7 @@ class _Finder:
         )
 
     def _origin(self, name: str) -> str:
-        """Return the tensor whose numbers these are, maybe in another order. TFLite only."""
-        node = self.makers.get(name)
-        while self.is_tflite and node is not None and self._rearranges(node):
-            name = node.inputs[0]
-            node = self.makers.get(name)
-        return name
+        return self.origins.get(name, name)
 
     def _rearranges(self, node: Operation) -> bool:
         if node.op not in self.words.rearrange or not self._is(node, node.op, 2):

@@ -415,13 +415,83 @@ def left_out(graph: Editable) -> None:
     total.inputs = [total.inputs[0], total.inputs[0]]
 
 
+def no_root(graph: Editable) -> None:
+    """Take the norm's absolute value for its root."""
+    (root,) = graph.makers("SQRT")
+    root.opcodeIndex = opcode(graph, "ABS")
+
+
+def a_cube(graph: Editable) -> None:
+    """Sum something else than a square."""
+    square = next(o for o in graph.makers("MUL") if o.inputs[0] == o.inputs[1])
+    square.opcodeIndex = opcode(graph, "ADD")
+    square.builtinOptionsType = 0
+    square.builtinOptions = None
+
+
+def a_number_more(graph: Editable) -> None:
+    """Add to the norm something that is no sum of squares."""
+    sums = {o.outputs[0] for o in graph.makers("SUM")}
+    total = next(o for o in graph.makers("ADD") if set(o.inputs) <= sums)
+    total.inputs = [total.inputs[0], graph.tensor("more", stored=np.float32(-1e9))]
+
+
+def opcode(graph: Editable, op: str) -> int:
+    graph.add(op, [], -1)
+    return int(graph.graph.operators.pop().opcodeIndex)
+
+
 @pytest.mark.parametrize(
     "change",
-    [fused, smaller, other_square, one_axis, pretended, left_out],
+    [fused, smaller, other_square, one_axis, pretended, left_out, no_root, a_cube, a_number_more],
     ids=lambda c: c.__name__,
 )
 def test_what_is_not_quite_a_clip_is_none(change: Change) -> None:
     assert NO_OTHER_WAY in refusal(planted_tflite(CLIPPED, "train", change))
+
+
+def test_a_clip_may_be_spelled_otherwise() -> None:
+    """SQUARE, and one ADD_N of all sums, mean the same."""
+
+    def change(graph: Editable) -> None:
+        for square in graph.makers("MUL"):
+            if square.inputs[0] == square.inputs[1]:
+                square.opcodeIndex = opcode(graph, "SQUARE")
+                square.inputs = [square.inputs[0]]
+                square.builtinOptionsType, square.builtinOptions = 0, None
+        (root,) = graph.makers("SQRT")
+        sums = {o.outputs[0] for o in graph.makers("SUM")}
+        adds = {o.outputs[0]: o for o in graph.makers("ADD")}
+        terms, waiting = [], [root.inputs[0]]
+        while waiting:
+            at = waiting.pop()
+            terms += [at] if at in sums else []
+            waiting += [] if at in sums else [*adds[at].inputs]
+        place = graph.graph.operators.index(root)
+        root.inputs = [graph.add("ADD_N", terms, graph.tensor("total"), place)]
+
+    planted_tflite(CLIPPED, "train", change).check()
+
+
+def test_what_is_meant_to_take_long_does_not() -> None:
+    """A sum that doubles at each step, under many divisions."""
+
+    def change(graph: Editable) -> None:
+        (root,) = graph.makers("SQRT")
+        (larger,) = graph.makers("MAXIMUM")
+        limit = next(i for i in larger.inputs if i not in root.outputs)
+        at = root.inputs[0]
+        for i in range(100):
+            at = graph.add("ADD", [at, at], graph.tensor(f"double {i}"))
+        for i in range(500):
+            other = graph.add("SQRT", [at], graph.tensor(f"root {i}"))
+            most = graph.add("MAXIMUM", [other, limit], graph.tensor(f"most {i}"))
+            graph.add("DIV", [limit, most], graph.tensor(f"share {i}"))
+
+    slow = planted_tflite(CLIPPED, "train", change)
+    began = time.process_time()
+    slow.check()
+    assert time.process_time() - began < 5
 
 
 @pytest.mark.parametrize("bundle", [CLIPPED, HEAVY, ADAM, IMAGES])

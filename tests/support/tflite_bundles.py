@@ -97,15 +97,22 @@ class Editable:
 
     def add(self, op: str, inputs: list[int], output: int, at: int | None = None) -> int:
         """Add an operator without options, at the end if not told where."""
-        code = schema.OperatorCodeT()
-        code.builtinCode = BUILTINS.index(op)
-        code.deprecatedBuiltinCode = min(code.builtinCode, 127)
-        self.model.operatorCodes.append(code)
         made = schema.OperatorT()
-        made.opcodeIndex = len(self.model.operatorCodes) - 1
+        made.opcodeIndex = self._code(op)
         made.inputs, made.outputs = inputs, [output]
         self.graph.operators.insert(len(self.graph.operators) if at is None else at, made)
         return output
+
+    def _code(self, op: str) -> int:
+        codes = self.model.operatorCodes
+        found = [c.builtinCode for c in codes]
+        if BUILTINS.index(op) in found and op != "CUSTOM":
+            return found.index(BUILTINS.index(op))
+        code = schema.OperatorCodeT()
+        code.builtinCode = BUILTINS.index(op)
+        code.deprecatedBuiltinCode = min(code.builtinCode, 127)
+        codes.append(code)
+        return len(codes) - 1
 
     def sum_of_x(self, name: str = "leak") -> int:
         """Add a scalar that holds examples."""
