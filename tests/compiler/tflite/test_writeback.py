@@ -208,6 +208,20 @@ def test_headroom_widens_the_step_of_the_files_logits() -> None:
     assert np.abs(off).max() <= 1
 
 
+def test_headroom_reaches_all_that_has_the_logits_step() -> None:
+    b = made.Builder(9)
+    x = b.tensor("x", (1, 6), scale=(0.02,), zero=-5)
+    y = b.dense(x, 4, 0.05)
+    logits = b.tensor("logits", (1, 4), scale=(0.05,), zero=3)
+    shape = b.tensor("shape", (2,), "int32", [-1, 4])
+    b.op("RESHAPE", (y, shape), logits, "ReshapeOptions", 1, newShape=[-1, 4])
+    bundle = bundle_of(b.pack(x, b.softmax(logits)), headroom=4.0, ranges="learned")
+    trainer, rows_, out = Trainer(bundle, engine="ort"), rows(bundle), export(bundle, moved(bundle))
+    assert tensors(out)["y0"].scale == tensors(out)["logits"].scale
+    trainer.load_params(moved(bundle))
+    assert np.abs(trainer.predict(rows_).astype(int) - made.litert(out, rows_)).max() <= 2
+
+
 def test_the_exported_file_is_accepted_whole_and_in_batches() -> None:
     bundle = bundle_of(made.branches_int8(), ranges="learned")
     runtime = Interpreter(model_content=export(bundle, moved(bundle)))
