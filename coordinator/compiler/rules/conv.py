@@ -45,7 +45,7 @@ def _choose_filter(layer: Layer) -> str:
     if layer.channels == 1:
         return "swapped"
     if w.taps == 1:
-        return "rows" if area >= 64 else "columns"
+        return "rows" if area >= 64 and w.is_plain else "columns"
     if layer.channels > 4 and area >= 144 and SERVES["crossed"](layer):
         # Adding up products of examples against turning images: ns of one core for an example.
         adding = 0.55 * w.taps * layer.channels * layer.filters

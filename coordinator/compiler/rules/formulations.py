@@ -143,12 +143,26 @@ def _filter_rows(e: Emit, x: str, g: str, layer: Layer) -> str:
     """Lay out what each tap sees as the rows of a matrix per example, and sum the products."""
     w = layer.window
     area = math.prod(w.out)
-    seen = [x] if w.is_plain else list(tap_slices(e, padded(e, x, w), w))
-    rows = seen[0] if len(seen) == 1 else e.Concat(*seen, axis=1)
-    rows = e.Reshape(rows, e.ints(-1, w.taps * layer.channels, area))
+    rows = e.Reshape(_seen(e, x, layer), e.ints(-1, w.taps * layer.channels, area))
     upstream = e.Reshape(g, e.ints(-1, layer.filters, area))
     products = e.MatMul(upstream, e.Transpose(rows, perm=[0, 2, 1]))
     return _untapped(e, e.ReduceSum(products, e.ints(0), keepdims=0), layer)
+
+
+def _seen(e: Emit, x: str, layer: Layer) -> str:
+    """Return what each tap sees, [N, taps * C, ..]: shifts along rows, and all of these across."""
+    w = layer.window
+    if w.is_plain:
+        return x
+    if not _is_crossable(layer):
+        return e.Concat(*tap_slices(e, padded(e, x, w), w), axis=1)
+    wide = w.kernel[1] * layer.channels
+    along = e.Concat(*_columns_of(e, x, w), axis=1)
+    flat = e.Reshape(along, e.ints(-1, wide, w.size[0] * w.out[1]))
+    begins = [w.begins[0] - tap * w.dilations[0] for tap in range(w.kernel[0])]
+    ends = [w.out[0] - w.size[0] - begin for begin in begins]
+    rows = zip(begins, ends, strict=True)
+    return e.Concat(*(_shifted(e, flat, b * w.out[1], f * w.out[1]) for b, f in rows), axis=1)
 
 
 def _filter_crossed(e: Emit, x: str, g: str, layer: Layer) -> str:
