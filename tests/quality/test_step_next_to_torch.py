@@ -8,9 +8,15 @@ from collections.abc import Callable
 
 import pytest
 
-from coordinator.bench import step
+from coordinator.bench import device, step
+from edge_sdk.engine import ENGINES
 
-LIMITS = {"dscnn": 1.0, "autoencoder": 1.0, "resnet8": 2.0, "mobilenet": 2.0}
+LIMITS = {"dscnn": 1.0, "autoencoder": 1.0, "resnet8": 1.5, "mobilenet": 1.5}
+"""Ratios of times that gate, with room for a machine that others use."""
+
+AIMS = {"dscnn": 0.8, "autoencoder": 0.5, "resnet8": 1.3, "mobilenet": 1.0}
+"""Ratios that a machine at rest should show."""
+
 REPEAT = 8
 
 
@@ -28,8 +34,20 @@ def test_a_step_keeps_up_with_torch_in_a_third_of_its_memory(
     ratio, rss_ratio = cost["ratio"], cost["rss_ratio"]
     assert ratio is not None
     assert rss_ratio is not None
-    figure(f"step of {model}: ours / torch", ratio, f"<= {LIMITS[model]:g}")
+    figure(f"step of {model}: ours / torch", ratio, f"<= {AIMS[model]:g} at rest")
     figure(f"step of {model}: ours, ms", cost["ms"])
     figure(f"step of {model}: memory, ours / torch", rss_ratio, "<= 0.333")
     assert ratio <= LIMITS[model]
     assert rss_ratio <= 1 / 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ort", "litert"])
+def test_a_head_trains_in_the_memory_of_a_small_board(
+    engine: str, figure: Callable[..., None]
+) -> None:
+    pytest.importorskip(ENGINES[engine].module)
+    found = device.measure("dscnn", "head", engine)
+    most = {"ort": 75, "litert": 70}[engine]
+    figure(f"training a head of dscnn, {engine}, MiB", found["training_mib"], f"<= {most}")
+    assert found["training_mib"] <= most
