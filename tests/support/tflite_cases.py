@@ -293,6 +293,13 @@ CASES = {
         "ResizeBilinearOptions",
         {"halfPixelCenters": True},
     ),
+    "bilinear, odd sizes": Case(
+        "RESIZE_BILINEAR",
+        [X, Ints([13, 7])],
+        (1, 13, 7, 4),
+        "ResizeBilinearOptions",
+        {"halfPixelCenters": True},
+    ),
     "bilinear, corners": Case(
         "RESIZE_BILINEAR",
         [X, HALF],

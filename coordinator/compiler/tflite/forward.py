@@ -256,6 +256,12 @@ class Forward:
         value = self.e.Reshape(value, self.e.ints(*dims))
         return self.transposed(value, order)
 
+    def computed(self, value: NDArray[Any]) -> str:
+        """Emit numbers that were computed here: behind an Expand nobody takes them for weights."""
+        one = value.reshape(-1)[0]
+        start = one if (value == one).all() else value
+        return self.e.Expand(self.e.const(start), self.e.ints(*value.shape))
+
     # -- writing ----------------------------------------------------------------------------
 
     def write(self, i: int, value: str, layout: Layout = "last") -> None:
@@ -426,18 +432,12 @@ class Forward:
                 "convert the model with a fixed batch of 1"
             )
         if value.dtype == np.float32 and value.size > 1:
-            return self._computed(
+            return self.computed(
                 value if layout == "last" else value.transpose(to_first(value.ndim))
             )
         if layout == "first":
             value = np.transpose(value, to_first(value.ndim))
         return self.e.const(value, value.dtype)
-
-    def _computed(self, value: NDArray[Any]) -> str:
-        """Emit numbers that were computed here: behind an Expand nobody takes them for weights."""
-        one = value.reshape(-1)[0]
-        start = one if (value == one).all() else value
-        return self.e.Expand(self.e.const(start), self.e.ints(*value.shape))
 
     def _store(self, i: int, order: tuple[int, ...], dims: tuple[int, ...]) -> str:
         """Store a constant and return the name of its numbers."""

@@ -96,13 +96,21 @@ def _main(file: TfliteFile, signature: str | None) -> int:
 def _import(f: Forward, op: Operator) -> None:
     _check(f, op)
     inputs = [i for i in op.inputs if i >= 0]
-    if inputs and all(f.known(i) is not None for i in inputs) and _is_foldable(f, op):
-        _fold(f, op)
-        return
     spread = next((f.spread[i] for i in inputs if i in f.spread), None)
     if spread is not None and op.op not in _SPREADING:
         raise refusal(op, f, "it works on space that is kept in the batch: convert it anew")
-    IMPORTS[op.op](f, op)
+    try:
+        if inputs and all(f.known(i) is not None for i in inputs) and _is_foldable(f, op):
+            _fold(f, op)
+        else:
+            IMPORTS[op.op](f, op)
+    except CompileError:
+        raise
+    except Exception as error:  # whatever a rule meets where a file is not as converters write it
+        line = " ".join(str(error).split())[:200]
+        raise refusal(
+            op, f, f"its inputs do not fit it ({line}): convert the model again"
+        ) from error
     if spread is not None and op.op != "BATCH_TO_SPACE_ND":
         for i in op.outputs:
             f.spread.setdefault(i, spread)

@@ -34,7 +34,7 @@ REFUSED = {
 }
 AMPLIFIED = {  # share of exact outputs, largest difference: one near tie of an ADD grows on the way
     "attention_int8": (0.97, 1),
-    "decoder_int8": (0.85, 3),
+    "decoder_int8": (0.99, 1),
 }
 HYBRID = {"cnn_1d_dynamic": 2e-3, "mobilenet_v1_dynamic": 2e-3}
 """Their kernels round activations on the way, anew for each example; the graph does not."""

@@ -9,6 +9,7 @@ from typing import Any
 import flatbuffers
 import numpy as np
 import pytest
+from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
 from tflite_cases import CASES, ONE_VERSION, Case, Flags, Ids, Ints, State
 from tflite_models import Builder
@@ -16,6 +17,7 @@ from tflite_models import Builder
 from coordinator.compiler.tflite.importer import import_model
 from coordinator.compiler.tflite.table import IMPORTS
 from edge_sdk.engine.ort import Ort
+from edge_sdk.errors import FedgeError
 from edge_sdk.tflitefile import read
 
 MODELS = Path(__file__).parent / "models"
@@ -165,3 +167,34 @@ def test_every_importer_has_a_test() -> None:
         checked |= {op.op for graph in read(path.read_bytes()).subgraphs for op in graph.operators}
     nothing_to_compute = {"FAKE_QUANT", "RANGE", "RANK", "ZEROS_LIKE"}
     assert set(IMPORTS) - checked == nothing_to_compute
+
+
+def test_the_page_of_operators_names_them_all() -> None:
+    page = Path(__file__).parents[3] / "docs/reference/tflite-operators.md"
+    table = page.read_text(encoding="utf-8").split("## ")[0]
+    rows = [line.split("|")[2] for line in table.splitlines() if line.startswith("| ")]
+    assert {name for row in rows[1:] for name in row.split()} - {"---"} == set(IMPORTS)
+
+
+def test_a_file_that_no_converter_wrote_is_refused_in_one_line() -> None:
+    rng = np.random.default_rng(0)
+    small = [path for path in sorted(MODELS.glob("*.tflite")) if path.stat().st_size < 12_000]
+    refusals, imported = [], 0
+    for n in range(60):
+        model = schema.ModelT.InitFromPackedBuf(small[n % len(small)].read_bytes(), 0)
+        graph = model.subgraphs[0]
+        op = graph.operators[rng.integers(len(graph.operators))]
+        op.inputs = [int(i) for i in op.inputs]
+        op.inputs[rng.integers(len(op.inputs))] = int(rng.integers(-1, len(graph.tensors)))
+        if n % 2:
+            op.opcodeIndex = int(rng.integers(len(model.operatorCodes)))
+        builder = flatbuffers.Builder(1024)
+        builder.Finish(model.Pack(builder), b"TFL3")
+        try:
+            import_model(bytes(builder.Output()))
+            imported += 1
+        except FedgeError as error:
+            refusals.append(str(error))
+    assert imported
+    assert refusals
+    assert not any("\n" in text for text in refusals)

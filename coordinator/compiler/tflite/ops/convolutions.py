@@ -5,8 +5,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from coordinator.compiler.tflite.forward import Forward, Spread, refusal
 from coordinator.compiler.tflite.ops.fused import activation
+from coordinator.compiler.tflite.ops.rounding import twice
 from coordinator.compiler.tflite.table import imports
 from edge_sdk.tflitefile import Operator
 
@@ -86,6 +89,8 @@ def _(f: Forward, op: Operator) -> None:
         pads=_flat(pads),
         output_padding=rest if any(rest) else None,
     )
+    if f.is_quantized(y) and not f.is_stored(op.inputs[0]):
+        value = twice(f, y, value, _multipliers(f, x, w, y))
     _finish(f, op, value)
 
 
@@ -94,6 +99,16 @@ def same(size: int, kernel: int, stride: int, dilation: int = 1) -> tuple[int, i
     out = -(-size // stride)
     total = max((out - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
     return total // 2, total - total // 2
+
+
+def _multipliers(f: Forward, x: int, w: int, y: int) -> Any:
+    """Return what LiteRT's own kernel multiplies each channel's sum by.
+
+    It runs where the size of the output is computed; elsewhere one that rounds once does.
+    """
+    scales = f.tensor(w).scale.astype(np.float64)
+    real = float(f.tensor(x).scale[0]) * scales / float(f.tensor(y).scale[0])
+    return real.reshape(-1, 1, 1) if len(real) > 1 else real[0]
 
 
 def _convolve(f: Forward, op: Operator, weight: str, kernel: tuple[int, int], group: int) -> None:

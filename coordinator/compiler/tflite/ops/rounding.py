@@ -17,9 +17,6 @@ from numpy.typing import NDArray
 from coordinator.compiler.tflite.forward import Forward
 
 _RATIOS = (2.0**-8, 2.0**7)
-_FINEST = 1024
-"""Parts of a step: less than kernels of 8 bits after the point tell apart."""
-
 _SIMPLE = 16
 _MOST = 8
 """Integers out of 256 that are put right one by one; more would be another formula."""
@@ -38,9 +35,12 @@ def away_from_zero(f: Forward, y: int, value: str, count: int, zero: int = 0) ->
     return f.e.Add(value, f.e.Clip(signed, f.e.const(-nudge), f.e.const(nudge)))
 
 
-def upwards(f: Forward, y: int, value: str) -> str:
-    """Push numbers that lie halfway between two integers to the larger one."""
-    return f.e.Add(value, f.e.const(float(f.tensor(y).scale[0]) / _FINEST))
+def upwards(f: Forward, y: int, value: str, part: float = 1 / 1024) -> str:
+    """Push numbers that lie halfway between two integers, or a `part` below, to the larger one.
+
+    By default less than kernels of 8 bits after the point tell apart.
+    """
+    return f.e.Add(value, f.e.const(float(f.tensor(y).scale[0]) * part))
 
 
 def has_ties(f: Forward, inputs: tuple[int, ...], y: int) -> bool:
@@ -50,7 +50,7 @@ def has_ties(f: Forward, inputs: tuple[int, ...], y: int) -> bool:
     return all(abs(part - round(part)) < 1e-4 for part in parts)
 
 
-def twice(f: Forward, y: int, value: str, real: float) -> str:
+def twice(f: Forward, y: int, value: str, real: float | NDArray[Any]) -> str:
     """Round as a fixed-point product does: to the bits that it keeps first, then to integers.
 
     What the first rounding puts onto a half, the second takes away from zero: numbers up to half a
@@ -60,15 +60,20 @@ def twice(f: Forward, y: int, value: str, real: float) -> str:
         f: the graph.
         y: the tensor about to be written.
         value: its numbers.
-        real: the product's multiplier, of integers.
+        real: the product's multiplier, of integers; one for all, or an array that broadcasts.
     """
-    bits = max(-fixed_point(real)[1], 0) if real > 0 else 0
-    if not bits:
+    reals = np.asarray(real, np.float64)
+    bits = np.array([max(-fixed_point(float(r))[1], 0) for r in reals.flat]).reshape(reals.shape)
+    parts = np.where(bits > 0, 0.999 * 2.0 ** -(bits + 1.0), 0.0)
+    most = float(parts.max(initial=0))
+    if not most:
         return value
-    part = 0.999 * 2.0 ** -(bits + 1)
-    size = part * float(f.tensor(y).scale[0])
-    slope = f.e.const(part / (0.5 - part))
-    nudge = f.e.Clip(f.e.Mul(value, slope), f.e.const(-size), f.e.const(size))
+    size = parts * float(f.tensor(y).scale[0])
+    steep = f.e.Mul(value, f.e.const(most / (0.5 - most)))
+    if not size.ndim:
+        nudge = f.e.Clip(steep, f.e.const(-size), f.e.const(size))
+    else:
+        nudge = f.e.Max(f.e.Min(steep, f.e.const(size)), f.e.const(-size))
     return f.e.Add(value, nudge)
 
 
