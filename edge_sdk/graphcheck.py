@@ -105,6 +105,9 @@ _ALLOWED: Mapping[str, Allowed] = {"onnx": ALLOWED, "tflite": {tflitegraph.DOMAI
 # --- what it costs ------------------------------------------------------------------------------
 def _check_declared(manifest: Mapping[str, Any], size: int, limits: Limits) -> None:
     _check_limit("max_bundle_bytes", "bytes of bundle", size, limits)
+    for name, splices in manifest["spliced"].items():
+        whole = manifest["members"][name]["size"] + sum(s["size"] for s in splices)
+        _check_limit("max_bundle_bytes", f"bytes for {name}, whole", whole, limits)
     for name, value in manifest["cost"].items():
         if isinstance(value, dict):
             continue

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from edge_sdk import manifest, splices
 from edge_sdk.bundle import Bundle, pack
-from edge_sdk.errors import BundleError
+from edge_sdk.errors import BundleError, RefusedError
+from edge_sdk.limits import Limits
 
 BLOCK = 256
 BLOCKS = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 40)), max_size=6)
@@ -125,3 +126,17 @@ def test_splices_out_of_order_and_members_that_swell_are_refused(
     monkeypatch.setattr(manifest, "MAX_WHOLE_BYTES", most)
     with pytest.raises(BundleError, match=f"at most {most} bytes"):
         pack(bundle.manifest, members)
+
+
+def test_a_small_bundle_of_large_members_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = mlp()
+    members = {n: bundle.member(n) for n in ["params.bin", *graphs(bundle)]}
+    size, name = len(members["params.bin"]), graphs(bundle)[1]
+    again = {"member": "params.bin", "offset": 0, "size": size}
+    wrong = {name: [{"at": i * size, **again} for i in range(1000)]}
+    monkeypatch.setattr(splices, "split", lambda *_: (members, wrong))
+    made = pack(bundle.manifest, members)
+    limit = len(made.data) + 1
+    assert limit < 1000 * size
+    with pytest.raises(RefusedError, match=rf"{name}, whole, this device allows max_bundle_bytes"):
+        made.check(Limits(max_bundle_bytes=limit))
