@@ -26,9 +26,10 @@ from coordinator.compiler.predict import predict_model
 from coordinator.compiler.ranges import ROLE, learn_ranges
 from coordinator.compiler.recompute import arranged, copied
 from coordinator.compiler.sparse import narrowed, sparse
+from coordinator.compiler.tflite.source import Source
 from coordinator.compiler.train import evaluate_graph, open_weights, train_graph
 from coordinator.compiler.weights import Weight, find_weights
-from coordinator.compiler.writeback import Source, predict_file
+from coordinator.compiler.writeback import predict_file
 from edge_sdk.bundle import Bundle, pack
 from edge_sdk.errors import CompileError
 from edge_sdk.manifest import FORMAT

@@ -23,8 +23,8 @@ from coordinator.compiler.load import for_training, load
 from coordinator.compiler.losses import Loss, from_name, logits_of
 from coordinator.compiler.optim import Optimizer, sgd
 from coordinator.compiler.passes import drop_identities
+from coordinator.compiler.tflite.source import source_of
 from coordinator.compiler.tflite.unshare import restored
-from coordinator.compiler.writeback import source_of
 from edge_sdk.bundle import Bundle
 from edge_sdk.errors import CompileError
 from edge_sdk.requantize import requantize

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import tflite_models as made
+from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
+from tflite_oracle import pack
 
 from coordinator.compiler import build, export, momentum
 from edge_sdk import Bundle, Trainer
@@ -231,6 +233,15 @@ def test_the_exported_file_is_accepted_whole_and_in_batches() -> None:
     runtime.set_tensor(port["index"], np.zeros((3, *port["shape"][1:]), np.int8))
     runtime.invoke()
     assert runtime.get_tensor(runtime.get_output_details()[0]["index"]).shape == (3, 4)
+
+
+def test_a_model_that_runtimes_would_not_run_first_is_refused() -> None:
+    data = (Path(__file__).with_name("models") / "signatures.tflite").read_bytes()
+    model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(data, 0))
+    assert [s.subgraphIndex for s in model.signatureDefs] == [0, 1]
+    model.signatureDefs[1].signatureKey = "serving_default"
+    with pytest.raises(CompileError, match="serving_default is number 1: convert it alone"):
+        bundle_of(pack(model))
 
 
 def test_a_bias_of_two_layers_is_refused_by_name() -> None:
