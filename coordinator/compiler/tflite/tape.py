@@ -52,12 +52,13 @@ class Tape:
         self._constants: dict[Any, int] = {}
         self._made: dict[Any, int] = {}
         self.origins: dict[int, Origin] = {}
+        self._open: set[int] = set()
 
     # -- tensors ----------------------------------------------------------------------------
 
     def input(self, name: str, dtype: str, shape: Dims) -> int:
         """Add a tensor that is fed."""
-        return self._tensor(name, dtype, shape)
+        return self._telling(self._tensor(name, dtype, shape))
 
     def const(
         self, value: Any, dtype: DTypeLike = np.float32, quantization: Quantization | None = None
@@ -240,16 +241,18 @@ class Tape:
         if any(is_free(d) and (b or s != d) for b, s, d in zip(begins, sizes, whole, strict=True)):
             raise CompileError("expected slices to leave the batch whole")
         quantization = self.tensors[x].quantization
+        if x in self._open:
+            x = self.copy(x)
         if set(steps) == {1}:
             told = [-1 if is_free(d) else s for s, d in zip(sizes, whole, strict=True)]
             inputs = [x, self.ints(*begins), self.ints(*told)]
-            return self.add("SLICE", inputs, sizes, quantization=quantization)
+            return self._telling(self.add("SLICE", inputs, sizes, quantization=quantization))
         free = sum(1 << i for i, d in enumerate(whole) if is_free(d))
         ends = [
             0 if is_free(d) else b + (s - 1) * k + 1
             for b, s, k, d in zip(begins, sizes, steps, whole, strict=True)
         ]
-        return self.add(
+        made = self.add(
             "STRIDED_SLICE",
             [x, self.ints(*begins), self.ints(*ends), self.ints(*steps)],
             sizes,
@@ -260,6 +263,13 @@ class Tape:
             new_axis_mask=0,
             shrink_axis_mask=0,
         )
+        return self._telling(made)
+
+    def _telling(self, tensor: int) -> int:
+        """Remember what tells that it may have any size: no slice may read it (`write.SLICES`)."""
+        if any(map(is_free, self.shape(tensor))):
+            self._open.add(tensor)
+        return tensor
 
     def pad(self, x: int, pairs: Sequence[tuple[int, int]], value: float = 0.0) -> int:
         """Record a PAD; negative padding cuts off."""
@@ -343,6 +353,9 @@ class Tape:
     def copy(self, x: int) -> int:
         """Record a RESHAPE that makes the same again: an output that nothing else is."""
         out = self._tensor(f"copy.{len(self._operators)}", self.dtype(x), self.shape(x))
+        scheme = self.tensors[x].quantization
+        if scheme is not None:
+            self.quantize(out, scheme)
         target = [-1 if is_free(size) else size for size in self.shape(x)]
         options = {"new_shape": tuple(target)}
         self._operators.append(Operator("RESHAPE", (x, self.ints(*target)), (out,), options))

@@ -205,6 +205,9 @@ OPERATORS: dict[str, tuple[int, str, int]] = {
 }
 """Operator to its code, its options table and the lowest version that a runtime registers."""
 
+SLICES = frozenset({"SLICE", "STRIDED_SLICE"})
+"""Operators whose outputs must tell that a dimension is free, and whose inputs must not."""
+
 INT8_VERSIONS = {
     "ADD": 2, "AVERAGE_POOL_2D": 2, "CONCATENATION": 2, "CONV_2D": 3, "DEPTHWISE_CONV_2D": 3,
     "DEQUANTIZE": 2, "FULLY_CONNECTED": 4, "MAX_POOL_2D": 2, "MEAN": 2, "MUL": 2, "PAD": 2,
@@ -312,7 +315,9 @@ def _code(b: Any, op: str, version: int) -> int:
 
 
 def _subgraph(b: Any, model: Model, places: list[int], codes: list[tuple[str, int]]) -> int:
-    tensors = [_tensor(b, t, at) for t, at in zip(model.tensors, places, strict=True)]
+    told = {*model.inputs, *model.outputs}
+    told |= {o.outputs[0] for o in model.operators if o.op in SLICES}
+    tensors = [_tensor(b, t, places[i], tells=i in told) for i, t in enumerate(model.tensors)]
     index = {code: i for i, code in enumerate(codes)}
     operators = [_operator(b, op, index[op.op, _version(model, op)]) for op in model.operators]
     return _table(
@@ -327,11 +332,17 @@ def _subgraph(b: Any, model: Model, places: list[int], codes: list[tuple[str, in
     )
 
 
-def _tensor(b: Any, tensor: Tensor, buffer: int) -> int:
+def _tensor(b: Any, tensor: Tensor, buffer: int, *, tells: bool) -> int:
+    """Write a tensor; few tell that a dimension is free.
+
+    Runtimes reckon the sizes between operators again whenever a port is resized. But SLICE waits
+    for its numbers, and all that follows with it, where its input tells that it may have any size,
+    and newer ones insist on the size of an output that does not.
+    """
     if tensor.dtype not in TYPES:
         raise CompileError(f"expected a type out of {', '.join(TYPES)}, got {tensor.dtype}")
     shape = _numbers(b, [1 if d is None else d for d in tensor.shape])
-    free = None in tensor.shape
+    free = tells and None in tensor.shape
     signature = _numbers(b, [-1 if d is None else d for d in tensor.shape]) if free else None
     name = b.CreateString(tensor.name)
     quantization = _quantization(b, tensor.quantization) if tensor.quantization else None

@@ -7,7 +7,7 @@ laid out by the columns of the window alone, multiplied by all rows of the filte
 products are shifted and summed: copies and products are few, and both are large. Milliseconds of
 one x86-64 core, 3 x 3, batch 16, CONV_2D against that, LiteRT 2.3 and tflite-runtime 2.14: 16 to 16
 channels of 32 x 32: 2.7 and 1.2, 2.9 and 1.1; 64 to 64 of 8 x 8: 1.7 and 0.5, 1.8 and 0.6. At
-other strides, and where channels are few, CONV_2D and TRANSPOSE_CONV are quicker.
+other strides, and where channels are few, CONV_2D is quicker.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from coordinator.compiler.tflite.lower.table import lowers, refused
 from coordinator.compiler.tflite.lower.windows import (
     geometry,
     image,
-    is_same,
     padding,
     put_image,
     reach,
@@ -188,7 +187,7 @@ def _conv_transpose(low: Lowering, n: Node) -> None:
     kernel = low.shape(weights)[2:]
     size, out = tuple(d or 0 for d in shape[2:]), low.shape(x)[2:]
     w = _mirrored(n, kernel, size, out)
-    made = _spread(low, image(low, x), weights, w, channels=low.shape(weights)[1] * group)
+    made = _spread(low, image(low, x), weights, w, low.shape(weights)[1] * group)
     if n.input(2):
         made = low.tape.plus(made, low.get(n.input(2)))
     put_image(low, n.outputs[0], made, rank)
@@ -212,8 +211,7 @@ def _mirrored(n: Node, kernel: object, size: object, out: object) -> Window:
 def _conv_input(low: Lowering, n: Node) -> None:
     """Take a gradient [N, K, *out] back to [N, C, *size]."""
     g, weights, x = n.inputs
-    w, like = _own_window(n), image(low, x)
-    made = _spread(low, image(low, g), weights, w, like=like)
+    made = _spread(low, image(low, g), weights, _own_window(n), low.shape(x)[1])
     put_image(low, n.outputs[0], made, low.rank(x))
 
 
@@ -223,18 +221,12 @@ def _own_window(n: Node) -> Window:
     return flat(Window(*(tuple(n.attr(name)) for name in Window._fields)))
 
 
-def _spread(
-    low: Lowering, g: int, weights: str, w: Window, *, like: int = -1, channels: int = 0
-) -> int:
-    """Record the transposed convolution that takes [N, *out, K] to [N, *size, C].
-
-    `like` is a tensor of the result's shape, if there is one.
-    """
+def _spread(low: Lowering, g: int, weights: str, w: Window, channels: int) -> int:
+    """Record the transposed convolution that takes [N, *out, K] to [N, *size, C]."""
     t, filters = low.tape, low.shape(weights)[0]
-    channels = channels or t.shape(like)[3]
     group = channels // low.shape(weights)[1]
     if group == 1:
-        return _spread_dense(low, g, weights, w, like)
+        return _spread_dense(low, g, weights, w)
     if group == channels:
         return _spread_depthwise(low, g, weights, w, channels)
     parts, outs = t.split(g, 3, group), filters // group
@@ -246,37 +238,52 @@ def _spread(
     return t.concat(made, 3)
 
 
-def _spread_dense(low: Lowering, g: int, weights: str, w: Window, like: int) -> int:
-    t, (filters, channels) = low.tape, low.shape(weights)[:2]
-    if w.is_plain:
-        kernel = t.reshape(_filter(low, weights, "OHWI"), (filters, channels))
-        flat = t.reshape(g, (t.shape(g)[0] * w.out[0] * w.out[1], filters))
-        return t.reshape(t.matmul(flat, kernel), (t.shape(g)[0], *w.size, channels))
+def _spread_dense(low: Lowering, g: int, weights: str, w: Window) -> int:
+    filters, channels = low.shape(weights)[:2]
+    if w.taps == 1:
+        return _by_pixels(low, g, weights, w)
     is_constant = low.constant(weights) is not None
     if not is_constant and w.is_flippable and _pays(w, (filters, channels)):
         return _by_rows(low, g, _filter(low, weights, "WOHI"), back(w), turned=True)
-    if like >= 0 and max(w.strides) > 1 and set(w.dilations) == {1}:
-        return _transposed(low, g, _filter(low, weights, "IHWO"), w, like)
+    if w.strides[0] == w.strides[1] > 1 and set(w.dilations) == {1}:
+        return _by_phases(low, g, weights, w)
     return _undo(low, g, _flipped(low, _filter(low, weights, "IHWO")), w)
 
 
-def _transposed(low: Lowering, g: int, kernel: int, w: Window, like: int) -> int:
-    """Record a TRANSPOSE_CONV, which takes its size from a tensor of that size."""
-    t = low.tape
-    pairs = [(0, 0)] * 4 if is_same(w) else reach(w)
-    padded = t.pad(like, pairs)
-    shape = t.add("SHAPE", [padded], (4,), "int32", to_type="int32")
-    made = t.add(
-        "TRANSPOSE_CONV",
-        [shape, kernel, g],
-        t.shape(padded),
-        "float32",
-        padding="SAME" if is_same(w) else "VALID",
-        stride_h=w.strides[0],
-        stride_w=w.strides[1],
-        activation="NONE",
-    )
-    return t.pad(made, [(-begin, -end) for begin, end in pairs])
+def _by_phases(low: Lowering, g: int, weights: str, w: Window) -> int:
+    """Make the s x s neighbours that a stride sets apart as channels, then lay them side by side.
+
+    x[q * s + r - begin] sums g[q - m] * w[m * s + r]: a convolution at stride 1 with a filter a
+    stride smaller, for all r at once. TRANSPOSE_CONV would make all that follows wait for its size.
+    """
+    t, step = low.tape, w.strides[0]
+    batch, (filters, channels) = t.shape(g)[0], low.shape(weights)[:2]
+    fewer = tuple(-(-k // step) for k in w.kernel)
+    spare = [m * step - k for m, k in zip(fewer, w.kernel, strict=True)]
+    kernel = t.pad(_filter(low, weights, "OIHW"), [(0, 0), (0, 0), *((0, s) for s in spare)])
+    kernel = t.reshape(kernel, (filters, channels, fewer[0], step, fewer[1], step))
+    kernel = t.transpose(kernel, (4, 0, 2, 3, 5, 1))
+    kernel = t.reshape(kernel, (fewer[1], filters, fewer[0], step * step * channels))
+    out = tuple(-(-(d + b) // step) for d, b in zip(w.size, w.begins, strict=True))
+    begins = tuple(m - 1 for m in fewer)
+    ends = tuple(q - o for q, o in zip(out, w.out, strict=True))
+    phases = Window(fewer, (1, 1), (1, 1), begins, ends, w.out, out)
+    made = _by_rows(low, g, kernel, phases, turned=True)
+    size = (batch, out[0] * step, out[1] * step, channels)
+    wide = t.add("DEPTH_TO_SPACE", [made], size, block=step)
+    return t.slice(wide, (0, *w.begins, 0), (batch, *w.size, channels))
+
+
+def _by_pixels(low: Lowering, g: int, weights: str, w: Window) -> int:
+    """Undo a convolution of single pixels: multiply, and set the results apart."""
+    t, (filters, channels) = low.tape, low.shape(weights)[:2]
+    batch = t.shape(g)[0]
+    flat = t.reshape(g, (batch * w.out[0] * w.out[1], filters))
+    kernel = t.reshape(_filter(low, weights, "OHWI"), (filters, channels))
+    made = stuffed(low, t.reshape(t.matmul(flat, kernel), (batch, *w.out, channels)), w)
+    rows = zip(w.size, w.begins, t.shape(made)[1:3], strict=True)
+    pairs = [(-b, d + b - full) for d, b, full in rows]
+    return t.pad(made, [(0, 0), *pairs, (0, 0)])
 
 
 def _flipped(low: Lowering, kernel: int) -> int:
