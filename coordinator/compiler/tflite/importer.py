@@ -174,7 +174,15 @@ def _free(proto: onnx.ModelProto, batch: int, kept: frozenset[str]) -> None:
     dims = [value.type.tensor_type.shape.dim for value in ends]
     if not all(dims) or any(dim[0].dim_value != batch for dim in dims):
         return
-    free_shapes(proto, batch, kept)
+    try:
+        free_shapes(proto, batch, kept)
+    except CompileError:
+        raise
+    except Exception as error:  # the runtime computes shapes, and raises bare C++ exceptions
+        line = " ".join(str(error).split())[-200:]
+        raise CompileError(
+            f"expected shapes that fit each other, they do not ({line}): convert the model again"
+        ) from error
     for dim in dims:
         dim[0].dim_param = "N"
 
