@@ -29,6 +29,7 @@ from coordinator.compiler.graph import Graph, Node, Tensor, Value
 from coordinator.compiler.inplace import start_products_from_sums
 from coordinator.compiler.lanes import in_whole_lanes
 from coordinator.compiler.losses import Learned, Loss
+from coordinator.compiler.narrow import narrow
 from coordinator.compiler.optim import Optimizer, Slot, is_plain, proximal
 from coordinator.compiler.passes import drop_unused, rename, simplify
 from coordinator.compiler.ranges import ROLE, SLOWED, step
@@ -121,7 +122,7 @@ def train_graph(
     made = _stepping(e, made) if is_step else made
     grads = backward(e, {opened.logits: made.gradient}, opened.leaves, rules or RULES)
     grads |= {leaf: e.Mul(grads[leaf], e.const(SLOWED)) for leaf in opened.ranges}
-    mean, gradients = made.loss, [grads[leaf] for leaf in opened.leaves]
+    mean, gradients = made.loss, narrow(e, [grads[leaf] for leaf in opened.leaves])
     if rows is not None:
         e, (mean, *gradients) = accumulated(e, [mean, *gradients], rows)
     params = [f"p.{i}" for i in range(len(opened.params))]
