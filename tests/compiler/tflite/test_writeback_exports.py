@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from litert_runs import old_python, tflite_runtime
 from tflite_models import litert
 
 from coordinator.compiler import build, export, momentum
@@ -48,14 +49,17 @@ def rows(bundle: Bundle) -> Any:
     )  # fmt: skip
 
 
+def made(name: str) -> Bundle:
+    data = (FOLDER / f"{name}.tflite").read_bytes()
+    rule = momentum(0.9, lr=0.01)
+    return build(data, loss="mse", train=small(name), optimizer=rule, ranges="learned")
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in REFUSED])
 def test_an_export_comes_out_byte_for_byte_and_trained_it_says_what_the_onnx_model_says(
     name: str,
 ) -> None:
-    data = (FOLDER / f"{name}.tflite").read_bytes()
-    bundle = build(
-        data, loss="mse", train=small(name), optimizer=momentum(0.9, lr=0.01), ranges="learned"
-    )
+    data, bundle = (FOLDER / f"{name}.tflite").read_bytes(), made(name)
     bundle.check()
     assert export(bundle, bundle.params()) == data
     params, x = moved(bundle), rows(bundle)
@@ -73,3 +77,24 @@ def test_an_export_comes_out_byte_for_byte_and_trained_it_says_what_the_onnx_mod
         assert off.max() <= APART.get(name, 8)
     else:
         assert off.max() <= ROUNDING.get(name, CLOSE) * max(1.0, np.abs(there).max())
+
+
+QUICK = [
+    "activations_int8", "arrangements_int8", "cnn_1d_float16", "cnn_1d_int8", "cnn_2d_int8",
+    "decoder_int8", "gru_unrolled_int8", "lstm_short_float", "signatures", "text_float",
+    "tied_int8",
+]  # fmt: skip
+
+
+def test_tflite_runtime_of_before_runs_what_was_trained(tmp_path: Path) -> None:
+    old_python()
+    runs, wanted = {}, {}
+    for name in QUICK:
+        bundle = made(name)
+        trained, x = export(bundle, moved(bundle)), rows(bundle)[:1]
+        runs[name] = trained, {bundle.manifest["input"]["name"]: x}
+        wanted[name] = litert(trained, x).astype(np.float64)
+    for name, said in tflite_runtime(runs, tmp_path).items():
+        (answer,) = said.values()
+        atol = 2 if answer.dtype == np.int8 else 1e-5
+        np.testing.assert_allclose(answer.astype(np.float64), wanted[name], atol=atol, err_msg=name)
