@@ -13,6 +13,7 @@ import pytest
 from ai_edge_litert.interpreter import Interpreter
 from forward_models import session
 from onnx import numpy_helper
+from tflite_models import Builder
 
 from coordinator.compiler import Optimizer, adam, build, chain, clip, momentum
 from coordinator.compiler.batch import free_batch
@@ -20,6 +21,7 @@ from coordinator.compiler.load import load
 from coordinator.compiler.tflite.importer import import_model
 from edge_sdk import Trainer
 from edge_sdk.engine.ort import Ort
+from edge_sdk.errors import CompileError
 from edge_sdk.tflitefile import read
 
 FOLDER = Path(__file__).parent / "models"
@@ -156,6 +158,42 @@ def test_every_trained_tensor_is_one_of_the_file(name: str) -> None:
     for name_of_step, tensors in made.steps.items():
         step = float(numpy_helper.to_array(stored[name_of_step]).reshape(()))
         assert {float(graph.tensors[i].scale[0]) for i in tensors} == {step}
+
+
+def test_a_signature_is_chosen_by_its_name() -> None:
+    data = (FOLDER / "signatures.tflite").read_bytes()
+    signatures = read(data).signatures
+    made = {key: import_model(data, key) for key in signatures}
+    assert {key: m.subgraph for key, m in made.items()} == {
+        key: signature.subgraph for key, signature in signatures.items()
+    }
+    last = {key: m.proto.graph.node[-1].op_type for key, m in made.items()}
+    assert last == {"classes": "Softmax", "scores": "Gemm"}
+    with pytest.raises(CompileError, match=r"'classes', 'scores'.*got 'train'"):
+        import_model(data, "train")
+
+
+def test_a_file_of_a_fixed_batch_takes_any() -> None:
+    b = Builder(0)
+    x = b.tensor("x", (4, 6, 6, 2), "float32")
+    flat = b.tensor("flat", (4, 72), "float32")
+    shape = b.tensor("shape", (2,), "int32", [4, 72])
+    b.op("RESHAPE", (x, shape), flat, "ReshapeOptions", 1, newShape=[4, 72])
+    w = b.tensor("w", (3, 72), "float32", b.rng.normal(size=(3, 72)))
+    bias = b.tensor("b", (3,), "float32", b.rng.normal(size=3))
+    y = b.tensor("y", (4, 3), "float32")
+    b.op("FULLY_CONNECTED", (flat, w, bias), y, "FullyConnectedOptions", 1)
+    for tensor in b.graph.tensors:
+        tensor.shapeSignature = None
+    data = b.pack(x, y)
+    runtime = Interpreter(model_content=data)
+    runtime.allocate_tensors()
+    given = drawn((4, 6, 6, 2), np.float32)
+    runtime.set_tensor(runtime.get_input_details()[0]["index"], given)
+    runtime.invoke()
+    theirs = runtime.get_tensor(runtime.get_output_details()[0]["index"])
+    runs = Ort(1).predictor(free_batch(load(import_model(data).proto)).SerializeToString())
+    np.testing.assert_allclose(runs.run(given[:3]), theirs[:3], rtol=1e-5, atol=1e-5)
 
 
 INTEGERS = [

@@ -56,7 +56,7 @@ def built(case: Case, mode: str, *, unsigned: bool = False) -> bytes:
             data = np.rint(given / scale)
             inputs.append(b.tensor(f"b{n}", given.shape, "int32", data, scale=scale))
         else:
-            inputs.append(weight(b, case, n, given, steps))
+            inputs.append(weight(b, case, n, given, steps, unsigned=unsigned))
     scale, zero = case.out or (0.02, 5)
     kinds = case.made.split() or [kind] * case.outputs
     made = [
@@ -89,8 +89,13 @@ def packed(b: Builder) -> bytes:
     return bytes(builder.Output())
 
 
-def weight(b: Builder, case: Case, n: int, given: Any, steps: list[Any]) -> int:
-    """Add int8 weights, those of convolutions with a scale per channel."""
+def weight(b: Builder, case: Case, n: int, given: Any, steps: list[Any], *, unsigned: bool) -> int:
+    """Add int8 weights, those of layers with a scale per channel, or old uint8 ones with one."""
+    if unsigned:
+        scale = np.float32(np.abs(given).max() / 120)
+        steps.append(scale)
+        data = np.rint(given / scale) + 131
+        return b.tensor(f"w{n}", given.shape, "uint8", data, scale=(scale,), zero=131)
     axis = {"CONV_2D": 0, "DEPTHWISE_CONV_2D": 3, "TRANSPOSE_CONV": 0, "FULLY_CONNECTED": 0}
     along = axis.get(case.op)
     rest = tuple(i for i in range(given.ndim) if i != along)
@@ -155,8 +160,14 @@ def test_an_operator_computes_what_litert_does(name: str, mode: str) -> None:
     agree(built(case, mode))
 
 
-@pytest.mark.parametrize("name", ["add", "mean pool", "max pool", "logistic", "softmax", "reshape"])
-def test_uint8_activations_are_read_like_int8(name: str) -> None:
+UNSIGNED = [
+    "add", "conv, valid", "conv, same, strides", "dense", "depthwise", "depthwise, multiplied",
+    "logistic", "max pool", "mean pool", "mul", "reshape", "softmax",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNSIGNED)
+def test_uint8_models_are_read_like_int8(name: str) -> None:
     case = CASES[name]
     agree(built(case, "int8", unsigned=True))
 
