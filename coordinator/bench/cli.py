@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -111,6 +112,8 @@ def _step(args: argparse.Namespace) -> Tables:
 
     rows: list[Mapping[str, Any]] = []
     for model, mode, batch in product(args.model, args.mode, args.batch):
+        if sys.stderr.isatty():
+            print(f"measuring {model}, {mode}, batch {batch}", file=sys.stderr)
         how = step.Settings(
             batch=batch,
             threads=args.threads,
