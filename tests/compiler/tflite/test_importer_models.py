@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from tflite_models import Builder
 from coordinator.compiler import Optimizer, adam, build, chain, clip, momentum
 from coordinator.compiler.batch import free_batch
 from coordinator.compiler.load import load
-from coordinator.compiler.tflite.importer import import_model
+from coordinator.compiler.tflite.importer import Imported, import_model
 from edge_sdk import Trainer
 from edge_sdk.engine.ort import Ort
 from edge_sdk.errors import CompileError
@@ -42,6 +43,11 @@ HYBRID = {"cnn_1d_dynamic": 2e-3, "mobilenet_v1_dynamic": 2e-3}
 """Their kernels round activations on the way, anew for each example; the graph does not."""
 
 
+@cache
+def imported(name: str) -> Imported:
+    return import_model((FOLDER / f"{name}.tflite").read_bytes())
+
+
 class Outputs(NamedTuple):
     """What LiteRT and the imported model make of the same inputs."""
 
@@ -61,7 +67,7 @@ class Outputs(NamedTuple):
         return float((self.theirs.argmax(1) == self.ours.argmax(1)).mean())
 
 
-def outputs(model: bytes, rows: int) -> Outputs:
+def outputs(model: bytes, rows: int, made: Imported | None = None) -> Outputs:
     """Run LiteRT row by row and the imported model on all rows at once."""
     runtime = Interpreter(model_content=model, num_threads=1)
     runtime.allocate_tensors()
@@ -73,12 +79,12 @@ def outputs(model: bytes, rows: int) -> Outputs:
         runtime.set_tensor(to["index"], row[np.newaxis])
         runtime.invoke()
         theirs.append(runtime.get_tensor(of)[0])
-    proto = free_batch(load(import_model(model).proto))
+    proto = free_batch(load((made or import_model(model)).proto))
     ours = Ort(1).predictor(proto.SerializeToString()).run(x)
-    made = np.array(theirs)
-    assert ours.shape == made.shape
-    assert ours.dtype == made.dtype
-    return Outputs(made, ours)
+    said = np.array(theirs)
+    assert ours.shape == said.shape
+    assert ours.dtype == said.dtype
+    return Outputs(said, ours)
 
 
 def drawn(shape: tuple[int, ...], dtype: Any) -> Any:
@@ -95,7 +101,7 @@ def drawn(shape: tuple[int, ...], dtype: Any) -> Any:
 def test_an_exported_model_says_what_litert_says(
     name: str, figure: Callable[[str, Any, str], None]
 ) -> None:
-    made = outputs((FOLDER / f"{name}.tflite").read_bytes(), 100)
+    made = outputs((FOLDER / f"{name}.tflite").read_bytes(), 100, imported(name))
     figure(f"{name}: exact, largest difference", (made.exact, made.largest), "1 LSB or 1e-4")
     if made.theirs.dtype.kind == "f":
         assert made.largest <= HYBRID.get(name, 1e-4)
@@ -145,8 +151,7 @@ def test_resnet_in_float_differs_by_rounding_alone(
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in REFUSED])
 def test_every_trained_tensor_is_one_of_the_file(name: str) -> None:
-    data = (FOLDER / f"{name}.tflite").read_bytes()
-    file, made = read(data), import_model(data)
+    file, made = read((FOLDER / f"{name}.tflite").read_bytes()), imported(name)
     stored = {t.name: t for t in made.proto.graph.initializer}
     graph = file.subgraphs[made.subgraph]
     for initializer, origin in made.origins.items():
@@ -206,7 +211,7 @@ INTEGERS = [
 
 @pytest.mark.parametrize("name", INTEGERS)
 def test_convolutions_of_integers_run_on_integer_kernels(name: str, tmp_path: Path) -> None:
-    proto = import_model((FOLDER / f"{name}.tflite").read_bytes()).proto
+    proto = imported(name).proto
     wanted = [node.op_type for node in proto.graph.node].count("Conv")
     path = tmp_path / "optimized.onnx"
     session(proto.SerializeToString(), optimized_model_filepath=str(path))
@@ -224,7 +229,7 @@ CONVOLUTIONS = {
 
 @pytest.mark.parametrize("name", sorted(CONVOLUTIONS))
 def test_images_are_turned_once_not_at_every_layer(name: str) -> None:
-    proto = import_model((FOLDER / f"{name}.tflite").read_bytes()).proto
+    proto = imported(name).proto
     assert [node.op_type for node in proto.graph.node].count("Transpose") == 1
 
 
@@ -236,12 +241,12 @@ LEARNING = [
 
 @pytest.mark.parametrize("name", LEARNING)
 def test_an_imported_model_learns_whole(name: str) -> None:
-    falls(import_model((FOLDER / f"{name}.tflite").read_bytes()).proto, adam(lr=0.01))
+    falls(imported(name).proto, adam(lr=0.01))
 
 
 @pytest.mark.parametrize("name", ["activations_int8", "decoder_int8"])
 def test_saturating_activations_learn_too_only_slower(name: str) -> None:
-    proto = import_model((FOLDER / f"{name}.tflite").read_bytes()).proto
+    proto = imported(name).proto
     falls(proto, adam(lr=0.003), part=0.95, steps=60)
 
 
@@ -253,7 +258,7 @@ def test_saturating_activations_learn_too_only_slower(name: str) -> None:
 def test_mlperf_tiny_learns_whole(name: str, lr: float, shared: Path) -> None:
     data = (shared / "models" / f"{name}.tflite").read_bytes()
     optimizer = chain(clip(1.0), momentum(0.9, lr=lr))
-    falls(import_model(data).proto, optimizer, steps=60)
+    falls(import_model(data).proto, optimizer, steps=30)
 
 
 def falls(proto: Any, optimizer: Optimizer, part: float = 0.5, steps: int = 40) -> None:
