@@ -21,6 +21,8 @@ WAYS: dict[str, tuple[str, float, dict[str, Any]]] = {
     "last three": ("last:3", 0.02, {}),
     "last three, learned ranges": ("last:3", 0.02, {"ranges": "learned"}),
     "last three, headroom 4": ("last:3", 0.02, {"headroom": 4.0}),
+    "all": ("all", 0.0002, {}),
+    "all, learned ranges": ("all", 0.0002, {"ranges": "learned"}),
 }
 
 
