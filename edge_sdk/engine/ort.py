@@ -32,8 +32,6 @@ SETTINGS = {
     "session.intra_op.allow_spinning": "0",
     "session.inter_op.allow_spinning": "0",
     "session.use_device_allocator_for_initializers": "1",  # constants stay out of the arena
-    # On x86 without VNNI, products of 8 bits are exact instead of cut off at 16; nothing elsewhere.
-    "session.x64quantprecision": "1",
 }
 BRIEF_SPIN = {
     # DS-CNN, 2 threads: 2.9 ms a step instead of 3.4 on an idle machine, no slower on a busy one.
