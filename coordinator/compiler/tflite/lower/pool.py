@@ -46,7 +46,7 @@ def _average(low: Lowering, n: Node) -> None:
     t, x, rank = low.tape, image(low, n.inputs[0]), low.rank(n.inputs[0])
     sizes = counts(w, include_pad=include)
     is_full = bool((sizes == w.taps).all())
-    if is_same(w) and (is_full or not include):
+    if is_same(w) and not (include and any(w.pads)):
         made = _pooled(low, "AVERAGE_POOL_2D", x, w, "SAME")
     else:
         padded = t.pad(x, [(b, max(e, 0)) for b, e in reach(w)])
