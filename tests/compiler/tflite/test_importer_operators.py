@@ -181,7 +181,7 @@ def test_every_importer_has_a_test() -> None:
 
 
 def test_the_page_of_operators_names_them_all() -> None:
-    page = Path(__file__).parents[3] / "docs/reference/tflite-operators.md"
+    page = Path(__file__).parents[3] / "docs/reference/tflite-import.md"
     table = page.read_text(encoding="utf-8").split("## ")[0]
     rows = [line.split("|")[2] for line in table.splitlines() if line.startswith("| ")]
     assert {name for row in rows[1:] for name in row.split()} - {"---"} == set(IMPORTS)
