@@ -179,14 +179,19 @@ def _turn(body: Body, batch: int) -> _Turn:
 
 
 def _turned(turn: _Turn, outputs: Sequence[str]) -> Iterator[Event]:
-    """Yield what turns of a body take and free, and its sums becoming the Loop's outputs."""
+    """Yield what turns of a body take and free, and its sums becoming the Loop's outputs.
+
+    The sums that a turn reads are let go when the next one begins; after the last, when all is
+    copied out.
+    """
     for i in range(turn.times):
+        if i > 1:
+            yield from (Event(f"{i - 2}/{name}", -1) for name in turn.sums)
         yield from (Event(f"{i}/{name}", size) for name, size in turn.plan.events)
-        if i:  # the sums that this turn read
-            yield from (Event(f"{i - 1}/{name}", -1) for name in turn.sums)
     for out, size in zip(outputs, turn.sums.values(), strict=True):
         yield Event(out, size)
-    yield from (Event(f"{turn.times - 1}/{name}", -1) for name in turn.sums)
+    for i in range(max(turn.times - 2, 0), turn.times):
+        yield from (Event(f"{i}/{name}", -1) for name in turn.sums)
 
 
 def _constants(graph: Graph) -> set[str]:

@@ -20,6 +20,7 @@ import numpy as np
 from coordinator.compiler.body import bodies, body_of
 from coordinator.compiler.graph import Graph, Node
 from coordinator.compiler.lifetimes import at_batch, bytes_of, schedule
+from coordinator.compiler.memory import NODE_BYTES
 from coordinator.compiler.order import frees_early, late_last
 
 SEGMENTS = (2, 3, 4, 5, 6, 8, 10, 12)
@@ -82,13 +83,18 @@ def recomputed(graph: Graph, x: str, y: str, rows: int) -> Graph:
     """
     parts, sized = _parts(graph, x, y), at_batch(graph, rows)
     best = frees_early(graph, y, rows)
-    least = schedule(best, rows).resident()
+    least = _bytes(best, rows)
     for cuts in sorted({tuple(_cuts(parts, sized, count)) for count in SEGMENTS} - {()}):
         made = late_last(_with_copies(graph, parts, cuts, x), y)
-        takes = schedule(made, rows).resident()
+        takes = _bytes(made, rows)
         if takes < least:
             best, least = made, takes
     return best
+
+
+def _bytes(graph: Graph, rows: int) -> int:
+    """Return what a graph's activations and its nodes take together."""
+    return schedule(graph, rows).resident() + NODE_BYTES * len(graph.nodes)
 
 
 def _parts(graph: Graph, x: str, y: str) -> _Pass:

@@ -9,12 +9,17 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from forward_models import blobs, cnn, mlp, quantized
+from forward_models import Net, blobs, cnn, mlp, quantized
 from numpy.typing import NDArray
 
 from coordinator.compiler import adam, build, chain, clip, momentum, sgd
+from coordinator.compiler.choose import select
 from coordinator.compiler.cli import build_main
+from coordinator.compiler.graph import Graph, Value
+from coordinator.compiler.lifetimes import schedule
+from coordinator.compiler.losses import from_name
 from coordinator.compiler.optim import Optimizer
+from coordinator.compiler.train import open_weights, train_graph
 from edge_sdk.bundle import Bundle
 from edge_sdk.errors import CompileError
 from edge_sdk.trainer import Trainer
@@ -139,3 +144,35 @@ def test_the_command_has_it(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -
     assert said == 0
     assert "rows at a time" in capsys.readouterr().out
     assert Bundle.load(tmp_path / "m.fedge").manifest["cost"]["micro_batch"] == 2
+
+
+def test_a_longer_batch_takes_its_own_bytes_and_no_more() -> None:
+    cost = build(cnn(), loss="cross_entropy", micro_batch=4).manifest["cost"]["ram_train"]
+    example = 8 * 8 * 4 + 8
+    assert cost["64"] - cost["32"] == 2 * 32 * example
+    assert cost["32"] - cost["16"] == 2 * 16 * example
+
+
+def planned(rows: int | None) -> Graph:
+    """Return a training graph as the compiler has it: one gradient of 8 MiB."""
+    net = Net(("N", 1024)).dense("body", 1024, 2048).add("Relu").dense("head", 2048, 4)
+    forward = Graph.load(net.model())
+    weights = select(forward, "all", forward.outputs[0].name)
+    step, _ = train_graph(
+        open_weights(forward, weights, forward.outputs[0].name),
+        from_name("cross_entropy"),
+        momentum(0.9, lr=0.1),
+        target=Value("y", np.dtype(np.int64), (None,)),
+        is_proximal=False,
+        rows=rows,
+    )
+    return step
+
+
+def test_two_sums_and_what_is_copied_out_stand_together() -> None:
+    whole, sliced = planned(None), planned(2)
+    peaks = [schedule(sliced, n).live_peak for n in (2, 4, 8, 64)]
+    size = 4 * 1024 * 2048
+    assert peaks[0] < peaks[1] == peaks[2] == peaks[3]
+    assert 3 * size < peaks[2] < 3.2 * size
+    assert peaks[2] - schedule(whole, 8).live_peak > 1.9 * size
