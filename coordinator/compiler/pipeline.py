@@ -85,7 +85,7 @@ def build(
             step for any batch, in the memory of a small one. By default all rows at once, or as
             few at a time as `max_ram` demands.
         recompute: compute activations again for the backward pass instead of keeping them, where
-            that saves memory: the same step, about a quarter slower. By default only where
+            that saves memory: the same step, about an eighth slower. By default only where
             `max_ram` demands it.
         calibration: examples (x, y) that tell by their gradients which channels contribute most;
             without, channels are taken by their norms.

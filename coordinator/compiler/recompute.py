@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Activations computed twice instead of kept: less memory for about a third more arithmetic.
+"""Activations computed twice instead of kept: less memory for up to a third more arithmetic.
 
 The forward pass is cut into segments. Of all but the last only what crosses a cut is kept; when the
 backward pass comes to a segment, it is computed again from there (Chen et al. 2016, "Training deep
