@@ -6,8 +6,8 @@
     TF_USE_LEGACY_KERAS=1 /tmp/tf/bin/python tests/compiler/tflite/make_models.py --full DIR
 
 The first command line is set-up, the second makes the small models that the tests check without
-TensorFlow, the third the full-size networks, which are checked by hand (see README.md). The tests
-never import this file.
+TensorFlow, the third the full-size networks, for tests/support/tflite_compare.py. The tests never
+import this file.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,6 +14,7 @@ import pytest
 from ai_edge_litert.interpreter import Interpreter
 from forward_models import session
 from onnx import numpy_helper
+from tflite_compare import drawn, outputs
 from tflite_models import Builder
 
 from coordinator.compiler import Optimizer, adam, build, chain, clip, momentum
@@ -46,55 +47,6 @@ HYBRID = {"cnn_1d_dynamic": 2e-3, "mobilenet_v1_dynamic": 2e-3}
 @cache
 def imported(name: str) -> Imported:
     return import_model((FOLDER / f"{name}.tflite").read_bytes())
-
-
-class Outputs(NamedTuple):
-    """What LiteRT and the imported model make of the same inputs."""
-
-    theirs: Any
-    ours: Any
-
-    @property
-    def exact(self) -> float:
-        return float((self.theirs == self.ours).mean())
-
-    @property
-    def largest(self) -> float:
-        return float(np.abs(self.theirs.astype(np.float64) - self.ours).max())
-
-    @property
-    def same_class(self) -> float:
-        return float((self.theirs.argmax(1) == self.ours.argmax(1)).mean())
-
-
-def outputs(model: bytes, rows: int, made: Imported | None = None) -> Outputs:
-    """Run LiteRT row by row and the imported model on all rows at once."""
-    runtime = Interpreter(model_content=model, num_threads=1)
-    runtime.allocate_tensors()
-    to, of = runtime.get_input_details()[0], runtime.get_output_details()[0]["index"]
-    x = drawn((rows, *to["shape"][1:]), to["dtype"])
-    theirs = []
-    for row in x:
-        runtime.reset_all_variables()
-        runtime.set_tensor(to["index"], row[np.newaxis])
-        runtime.invoke()
-        theirs.append(runtime.get_tensor(of)[0])
-    proto = free_batch(load((made or import_model(model)).proto))
-    ours = Ort(1).predictor(proto.SerializeToString()).run(x)
-    said = np.array(theirs)
-    assert ours.shape == said.shape
-    assert ours.dtype == said.dtype
-    return Outputs(said, ours)
-
-
-def drawn(shape: tuple[int, ...], dtype: Any) -> Any:
-    rng = np.random.default_rng(0)
-    if np.dtype(dtype).kind == "f":
-        return rng.standard_normal(shape).astype(np.float32)
-    if np.dtype(dtype).itemsize == 1:
-        ends = np.iinfo(dtype)
-        return rng.integers(ends.min, ends.max, shape, dtype, endpoint=True)
-    return rng.integers(0, 50, shape).astype(dtype)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in REFUSED])
