@@ -14,10 +14,18 @@ _LIBRARY_CODE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) r-xp \S+ \S+ [1-9]\d*\s+/\S
 
 def peak_kib(status: Path = Path("/proc/self/status")) -> int:
     """Return the most memory this process ever had resident (VmHWM), KiB."""
-    for line in status.read_text().splitlines():
+    for line in _text(status).splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _text(file: Path) -> str:
+    """Return what a file of the kernel's says; nothing where /proc is not mounted."""
+    try:
+        return file.read_text()
+    except OSError:
+        return ""
 
 
 def hand_back(maps: Path = Path("/proc/self/maps")) -> None:
@@ -31,6 +39,6 @@ def hand_back(maps: Path = Path("/proc/self/maps")) -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):  # glibc; musl has none
         libc.malloc_trim(0)
-    for first, end in _LIBRARY_CODE.findall(maps.read_text()):
+    for first, end in _LIBRARY_CODE.findall(_text(maps)):
         start = int(first, 16)
         libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(int(end, 16) - start), _DONT_NEED)

@@ -9,7 +9,7 @@ Rice coding follows Rice and Plaunt (1971), laid out as split streams so that nu
 from __future__ import annotations
 
 import zlib
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +17,25 @@ from numpy.typing import NDArray
 from edge_sdk.errors import CodecError
 
 Ints: TypeAlias = NDArray[np.int64]
+
 ESCAPE = 255
 """The byte symbol that says: the rest of this value stands in the list of large ones."""
+
+
+def nonzero(flags: NDArray[Any]) -> Ints:
+    """Return where `flags` are not zero; int64 also where addresses have 32 bits."""
+    return np.flatnonzero(flags).astype(np.int64, copy=False)
+
+
+def bincount(values: NDArray[Any], minlength: int = 0) -> Ints:
+    """Return how often each value from 0 up occurs."""
+    counts = np.bincount(values.astype(np.intp, copy=False), minlength=minlength)
+    return counts.astype(np.int64, copy=False)
+
+
+def repeat(values: NDArray[Any], counts: NDArray[Any]) -> NDArray[Any]:
+    """Return each value as often as its count says."""
+    return np.repeat(values, counts.astype(np.intp, copy=False))
 
 
 def size_of_flags(count: int) -> int:
@@ -125,7 +142,7 @@ def unpack_rice(data: bytes, count: int, limit: int) -> tuple[Ints, Ints, int]:
 
 def pack_ends(quotients: Ints) -> bytes:
     """Write non-negative integers in unary: as many zeros, then a one."""
-    ends = np.cumsum(quotients) + np.arange(quotients.size)
+    ends = np.cumsum(quotients) + np.arange(quotients.size, dtype=np.int64)
     flags = np.zeros(int(ends[-1]) + 1 if ends.size else 0, np.bool_)
     flags[ends] = True
     return pack_flags(flags)
@@ -140,7 +157,7 @@ def unpack_ends(unary: bytes, count: int) -> Ints:
     ones = int(np.count_nonzero(flags))
     if ones != count or (unary and not unary[-1]):
         raise CodecError(f"expected {count} unary codes, got {ones}; the body is damaged")
-    return cast("Ints", np.flatnonzero(flags))
+    return nonzero(flags)
 
 
 def unpack_rice_values(data: bytes, count: int, limit: int) -> Ints:

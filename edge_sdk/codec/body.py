@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from edge_sdk import params
 from edge_sdk.codec import bits, hadamard, positions, symbols
-from edge_sdk.codec.bits import Ints
+from edge_sdk.codec.bits import Ints, nonzero
 from edge_sdk.codec.steps import HUGE, TINY, read_step, word_of
 from edge_sdk.errors import CodecError
 from edge_sdk.types import Array, Params, Shapes
@@ -162,7 +162,7 @@ def _signed(magnitudes: Ints, signs: bytes, *, every: bool) -> NDArray[np.int32]
     if not every:
         q *= hadamard.signs_of(bits.unpack_flags(signs, q.size))
         return q
-    at = np.flatnonzero(q)
+    at = nonzero(q)
     q[at[bits.unpack_flags(signs, at.size)]] *= -1
     return q
 

@@ -14,7 +14,7 @@ from typing import cast
 import numpy as np
 
 from edge_sdk.codec import bits, rows, symbols
-from edge_sdk.codec.bits import Ints
+from edge_sdk.codec.bits import Ints, nonzero
 from edge_sdk.errors import CodecError
 from edge_sdk.types import Shapes
 
@@ -59,13 +59,13 @@ def unpack(coding: int, data: bytes, k: int, shapes: Shapes, count: int) -> Ints
         return None
     if coding == RICE:
         ends, low, width = bits.unpack_rice(data, k, count)
-        steps = np.arange(k)
+        steps = np.arange(k, dtype=np.int64)
         found = (ends - steps << width) + np.cumsum(low) + steps
     elif coding == GAPS:
         found = np.cumsum(_unpack_gaps(data, k, count) + 1) - 1
     elif coding == BITMAP:
         flags = bits.unpack_flags(bits.inflate(data, bits.size_of_flags(count)), count)
-        found = np.flatnonzero(flags)
+        found = nonzero(flags)
     elif coding == ROWS:
         found = rows.unpack(data, k, shapes)
     else:

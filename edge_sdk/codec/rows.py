@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_sdk.codec import bits, symbols
-from edge_sdk.codec.bits import Ints
+from edge_sdk.codec.bits import Ints, bincount, nonzero, repeat
 from edge_sdk.errors import CodecError
 from edge_sdk.types import Shapes
 
@@ -105,27 +105,27 @@ def _rebuild(layout: _Layout, low: bytes, unary: bytes) -> Ints:
     heights = np.array([h for h, _ in layout.sizes])
     column_at = np.concatenate([[0], np.cumsum([w for _, w in layout.sizes])])
     living = np.concatenate([[0], np.cumsum(layout.alive)])[column_at]
-    row_width = np.repeat(np.diff(living), heights)
+    row_width = repeat(np.diff(living), heights)
     if np.any(layout.counts > row_width):
         raise CodecError("expected rows no fuller than their live columns; the body is damaged")
-    widths = np.repeat(_widths(row_width, layout.counts), layout.counts)
+    widths = repeat(_widths(row_width, layout.counts), layout.counts)
     values = _gaps(unary, low, widths)
     columns = _running(values + 1, layout.counts) - 1
-    if k and np.any(columns >= np.repeat(row_width, layout.counts)):
+    if k and np.any(columns >= repeat(row_width, layout.counts)):
         raise CodecError("expected gaps that stay inside their row; the body is damaged")
-    row_base = np.repeat(living[:-1], heights)
-    column = np.flatnonzero(layout.alive)[columns + np.repeat(row_base, layout.counts)]
+    row_base = repeat(living[:-1], heights)
+    column = nonzero(layout.alive)[columns + repeat(row_base, layout.counts)]
     return _flat(layout, column, column_at, heights)
 
 
 def _flat(layout: _Layout, column: Ints, column_at: Ints, heights: Ints) -> Ints:
     """Turn (row, column) of each tensor back into ascending flat positions."""
-    row_at = np.concatenate([[0], np.cumsum(heights)])
-    tensor = np.repeat(np.arange(heights.size), heights)
-    row = np.repeat(np.arange(tensor.size) - row_at[tensor], layout.counts)
-    tensor = np.repeat(tensor, layout.counts)
+    row_at = np.concatenate([[0], np.cumsum(heights, dtype=np.int64)])
+    tensor = repeat(np.arange(heights.size, dtype=np.int64), heights)
+    row = repeat(np.arange(tensor.size, dtype=np.int64) - row_at[tensor], layout.counts)
+    tensor = repeat(tensor, layout.counts)
     widths = np.diff(column_at)
-    tensor_at = np.concatenate([[0], np.cumsum(heights * widths)])
+    tensor_at = np.concatenate([[0], np.cumsum(heights * widths, dtype=np.int64)])
     column = column - column_at[tensor]
     turned = layout.turns[tensor]
     local = np.where(turned, column * heights[tensor] + row, row * widths[tensor] + column)
@@ -140,7 +140,7 @@ def _gaps(unary: bytes, low: bytes, widths: Ints) -> Ints:
     values = np.diff(bits.unpack_ends(unary, widths.size), prepend=-1) - 1 << widths
     at = 0
     for width in _distinct(widths):
-        mine = np.flatnonzero(widths == width)
+        mine = nonzero(widths == width)
         size = bits.size_of_fixed(mine.size, width)
         values[mine] += bits.unpack_fixed(low[at : at + size], mine.size, width)
         at += size
@@ -162,13 +162,13 @@ def _sides(shape: tuple[int, ...], turned: bool) -> tuple[int, int]:
 
 def _cheaper(local: Ints, height: int, width: int) -> Side:
     row, column = np.divmod(local, max(1, width))
-    by_row = np.bincount(row, minlength=height)
+    by_row = bincount(row, minlength=height)
     live = np.zeros(width, np.bool_)
     live[column] = True
     straight = _side(local, by_row, live, turned=False)
     if min(height, width) < 2 or not local.size:
         return straight
-    turned = _side(local, np.bincount(column, minlength=width), by_row > 0, turned=True)
+    turned = _side(local, bincount(column, minlength=width), by_row > 0, turned=True)
     return turned if turned.cost_bits < straight.cost_bits else straight
 
 
@@ -209,7 +209,7 @@ def _widths(columns: Ints, counts: Ints) -> Ints:
 
 
 def _distinct(widths: Ints) -> list[int]:
-    found: list[int] = np.flatnonzero(np.bincount(widths)).tolist()
+    found: list[int] = nonzero(bincount(widths)).tolist()
     return found
 
 
@@ -218,4 +218,4 @@ def _running(values: Ints, counts: Ints) -> Ints:
     total = np.cumsum(values)
     ends = np.cumsum(counts)
     before = np.where(ends - counts > 0, total[np.maximum(ends - counts - 1, 0)], 0)
-    return cast("Ints", total - np.repeat(before, counts))
+    return cast("Ints", total - repeat(before, counts))

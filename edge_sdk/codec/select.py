@@ -8,7 +8,7 @@ from typing import cast
 
 import numpy as np
 
-from edge_sdk.codec.bits import Ints
+from edge_sdk.codec.bits import Ints, nonzero
 from edge_sdk.types import Array
 
 SAMPLE = 16_384
@@ -19,7 +19,7 @@ def sample(sizes: Array) -> Array:
     """Return up to 16,384 of the values, spread evenly, the same ones each time."""
     if sizes.size <= SAMPLE:
         return sizes
-    return sizes[np.arange(SAMPLE) * STRIDE % sizes.size]
+    return sizes[np.arange(SAMPLE, dtype=np.int64) * STRIDE % sizes.size]
 
 
 def largest(sizes: Array, k: int) -> Ints:
@@ -31,14 +31,14 @@ def largest(sizes: Array, k: int) -> Ints:
     k = min(k, sizes.size)
     if k <= 0:
         return np.zeros(0, np.int64)
-    found = np.flatnonzero(sizes >= _guess(sizes, k))
+    found = nonzero(sizes >= _guess(sizes, k))
     if found.size < k:
-        found = np.arange(sizes.size)
+        found = np.arange(sizes.size, dtype=np.int64)
     near = sizes[found]
     cut = np.partition(near, near.size - k)[near.size - k]
     if cut == 0:
         return found[near > 0]
-    above, equal = near > cut, np.flatnonzero(near == cut)
+    above, equal = near > cut, nonzero(near == cut)
     above[equal[: k - int(np.count_nonzero(above))]] = True
     return cast("Ints", found[above])
 

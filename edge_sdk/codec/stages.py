@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_sdk.codec import hadamard, select
-from edge_sdk.codec.bits import Ints
+from edge_sdk.codec.bits import Ints, nonzero
 from edge_sdk.codec.body import MAX_LEVEL, Lattice
 from edge_sdk.codec.steps import round_step
 from edge_sdk.errors import CodecError
@@ -71,7 +71,7 @@ def deadzone(rms: float = 2.0) -> Stage:
     def apply(draft: Draft) -> Draft:
         step = round_step(rms * draft.rms)
         size = np.abs(draft.flat)
-        found = np.flatnonzero(size >= np.float32(step) * (1 - ROUND_UP))
+        found = nonzero(size >= np.float32(step) * (1 - ROUND_UP))
         q = _levels(size[found] / np.float32(step) + ROUND_UP, draft.flat[found])
         return draft._replace(lattice=_without_zeros(found, q, step))
 
@@ -102,7 +102,7 @@ def stochastic(share: float) -> Stage:
         step = round_step(_step_for_share(size, share))
         level = size / np.float32(step)
         level += draft.random.random(size.size, np.float32)
-        found = np.flatnonzero(level >= 1)
+        found = nonzero(level >= 1)
         q = _levels(level[found], draft.flat[found])
         return draft._replace(lattice=Lattice(found, q, step))
 
@@ -165,7 +165,7 @@ def _from_dense(q: NDArray[np.int32], step: float) -> Lattice:
     """Leave the zeros out where that makes most of the numbers go."""
     if 2 * int(np.count_nonzero(q)) > q.size:
         return Lattice(None, q, step)
-    found = np.flatnonzero(q)
+    found = nonzero(q)
     return Lattice(found, q[found], step)
 
 

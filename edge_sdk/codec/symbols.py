@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_sdk.codec import bits
-from edge_sdk.codec.bits import ESCAPE, Ints
+from edge_sdk.codec.bits import ESCAPE, Ints, bincount, nonzero
 from edge_sdk.errors import CodecError
 
 RAW, HUFFMAN = 0, 1
@@ -47,7 +47,7 @@ def unpack(data: bytes, count: int, limit: int) -> Ints:
 
 def _with_escapes(symbols: NDArray[np.uint8], tail: bytes, limit: int) -> Ints:
     values = symbols.astype(np.int64)
-    at = np.flatnonzero(symbols == ESCAPE)
+    at = nonzero(symbols == ESCAPE)
     if at.size:
         values[at] += bits.unpack_rice_values(tail, at.size, limit * at.size)
     elif tail:
@@ -60,7 +60,7 @@ def _with_escapes(symbols: NDArray[np.uint8], tail: bytes, limit: int) -> Ints:
 def estimate(values: Ints) -> int:
     """Return about how many bytes `pack` makes, from the entropy of the symbols."""
     symbols = np.minimum(values, ESCAPE).astype(np.uint8)
-    counts = np.bincount(symbols, minlength=256)
+    counts = bincount(symbols, minlength=256)
     large = int(counts[ESCAPE])
     seen = counts[counts > 0]
     entropy = float(np.sum(seen * np.log2(values.size / seen))) if values.size else 0.0

@@ -85,3 +85,8 @@ def test_the_public_names_are_what_the_reference_says() -> None:
 def test_the_version_is_the_distributions() -> None:
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     assert f'version = "{edge_sdk.__version__}"' in text
+
+
+def test_without_a_mounted_proc_the_process_is_measured_otherwise(tmp_path: Path) -> None:
+    assert footprint.peak_kib(tmp_path / "none") > 1000
+    footprint.hand_back(tmp_path / "none")
