@@ -18,6 +18,7 @@ from coordinator.compiler.tflite.lower import (
     activations,
     conv,
     elementwise,
+    filters,
     folded,
     index,
     linear,
@@ -25,13 +26,14 @@ from coordinator.compiler.tflite.lower import (
     quantized,
     reduce,
     shapes,
+    spread,
 )
 from coordinator.compiler.tflite.lower.forms import Lowering
 from coordinator.compiler.tflite.lower.table import LOWERS, refused
 
 __all__ = [
-    "LOWERS", "Kept", "activations", "conv", "elementwise", "folded", "index", "linear", "lower",
-    "lower_traced", "pool", "quantized", "reduce", "shapes",
+    "LOWERS", "Kept", "activations", "conv", "elementwise", "filters", "folded", "index", "linear",
+    "lower", "lower_traced", "pool", "quantized", "reduce", "shapes", "spread",
 ]  # fmt: skip
 
 
