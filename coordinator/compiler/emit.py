@@ -163,9 +163,7 @@ class Emit:
                 self._taken.add(name)
                 return name
 
-    def declare(
-        self, name: str, shape: Shape | None, dtype: np.dtype[Any] | None = None
-    ) -> str:
+    def declare(self, name: str, shape: Shape | None, dtype: np.dtype[Any] | None = None) -> str:
         """State a shape, and a type, that inference cannot know, and return the name."""
         known = self._values.get(name, Value(name))
         self._values[name] = replace(known, shape=shape, dtype=dtype or known.dtype)

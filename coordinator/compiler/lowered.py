@@ -13,7 +13,7 @@ from typing import Any
 from coordinator.compiler.graph import Graph, Value
 from coordinator.compiler.losses import Loss
 from coordinator.compiler.optim import Optimizer
-from coordinator.compiler.predict import _bias_patch, _biases, _fixed_patch, _is_bias, _patch
+from coordinator.compiler.predict import bias_patch, biases_of, fixed_patch, is_bias, patch_of
 from coordinator.compiler.ranges import ROLE
 from coordinator.compiler.tflite.gradients import TFLITE_RULES
 from coordinator.compiler.tflite.lower import Kept, lower, lower_traced
@@ -45,7 +45,9 @@ def lowered_predict(graph: Graph, weights: Sequence[Weight]) -> tuple[bytes, lis
     """
     index = {w.source: i for i, w in enumerate(weights)}
     biases = [
-        b for b in _biases(graph) if {b.weight.source, b.layer.source, b.input_name} & index.keys()
+        b
+        for b in biases_of(graph)
+        if {b.weight.source, b.layer.source, b.input_name} & index.keys()
     ]
     traced = {*index, *(b.weight.source for b in biases)}
     data, kept = lower_traced(graph, traced, "predict")
@@ -57,13 +59,13 @@ def lowered_predict(graph: Graph, weights: Sequence[Weight]) -> tuple[bytes, lis
         if place.source in followed:
             bias = next(b for b in biases if b.weight.source == place.source)
             rows = weights[index[place.source]].patch if place.source in index else {}
-            patches.append(_bias_patch(bias, index, at, scales) | rows)
-        elif _is_bias(weights[index[place.source]]):
+            patches.append(bias_patch(bias, index, at, scales) | rows)
+        elif is_bias(weights[index[place.source]]):
             i = index[place.source]
-            patches.append(_fixed_patch(i, weights[i], at, scales))
+            patches.append(fixed_patch(i, weights[i], at, scales))
         else:
             i = index[place.source]
-            patches.append(_ordered(_patch(i, weights[i], at, scales), place))
+            patches.append(_ordered(patch_of(i, weights[i], at, scales), place))
     _check(weights, patches)
     return data, patches
 

@@ -46,7 +46,9 @@ def predict_model(
     own.CopyFrom(proto)
     index = {w.source: i for i, w in enumerate(weights)}
     biases = [
-        b for b in _biases(graph) if {b.weight.source, b.layer.source, b.input_name} & index.keys()
+        b
+        for b in biases_of(graph)
+        if {b.weight.source, b.layer.source, b.input_name} & index.keys()
     ]
     quantized = [w for w in weights if w.quantized]
     changed = {w.source: w for w in (*quantized, *(b.weight for b in biases))}
@@ -56,20 +58,22 @@ def predict_model(
     places = raw_data_places(data)
     scales = {n.input[0]: n.input[1] for n in own.graph.node if n.op_type == "DequantizeLinear"}
     at = {name: place.offset for name, place in places.items()}
-    patches = [_patch(i, w, at, scales) for i, w in enumerate(weights) if not _is_bias(w)]
+    patches = [patch_of(i, w, at, scales) for i, w in enumerate(weights) if not is_bias(w)]
     rows = {w.source: w.patch for w in weights}
-    patches += [_bias_patch(b, index, at, scales) | rows.get(b.weight.source, {}) for b in biases]
+    patches += [bias_patch(b, index, at, scales) | rows.get(b.weight.source, {}) for b in biases]
     followed = {b.weight.source for b in biases}
-    lone = [(i, w) for i, w in enumerate(weights) if _is_bias(w) and w.source not in followed]
-    patches += [_fixed_patch(i, w, at, scales) for i, w in lone]
+    lone = [(i, w) for i, w in enumerate(weights) if is_bias(w) and w.source not in followed]
+    patches += [fixed_patch(i, w, at, scales) for i, w in lone]
     return data, patches
 
 
-def _is_bias(weight: Weight) -> bool:
+def is_bias(weight: Weight) -> bool:
+    """Tell whether a weight is a bias in int32, whose scale others set."""
     return weight.quantized is not None and weight.quantized.dtype == np.int32
 
 
-def _patch(i: int, weight: Weight, at: dict[str, int], scales: dict[str, str]) -> dict[str, Any]:
+def patch_of(i: int, weight: Weight, at: dict[str, int], scales: dict[str, str]) -> dict[str, Any]:
+    """Return the patch of a weight that is no such bias."""
     scheme = weight.quantized
     if scheme is None:
         kind = ROLE if weight.role == ROLE else "float32"
@@ -88,9 +92,10 @@ def _patch(i: int, weight: Weight, at: dict[str, int], scales: dict[str, str]) -
     }
 
 
-def _bias_patch(
+def bias_patch(
     bias: _Bias, index: dict[str, int], at: dict[str, int], scales: dict[str, str]
 ) -> dict[str, Any]:
+    """Return the patch of a quantized layer's bias."""
     source = bias.weight.source
     scheme, weight = _scheme(bias.weight), _scheme(bias.layer)
     if len(scheme.scale) != len(weight.scale):
@@ -115,7 +120,7 @@ def _bias_patch(
     return {**patch, "weight_scale": [float(s) for s in weight.scale]}
 
 
-def _fixed_patch(
+def fixed_patch(
     i: int, weight: Weight, at: dict[str, int], scales: dict[str, str]
 ) -> dict[str, Any]:
     """Patch an int32 tensor that no integer kernel reads: 32 bits are enough on its old scale."""
@@ -137,7 +142,7 @@ def _scheme(weight: Weight) -> Quantized:
     return weight.quantized
 
 
-def _biases(graph: Graph) -> list[_Bias]:
+def biases_of(graph: Graph) -> list[_Bias]:
     """Return the int32 biases of integer kernels; beside float inputs they keep their scale."""
     by_tensor = {name: w for w in find_weights(graph) for name in w.tensors}
     found = []
@@ -146,7 +151,7 @@ def _biases(graph: Graph) -> list[_Bias]:
             continue
         bias, layer = by_tensor.get(node.input(2)), by_tensor.get(node.inputs[1])
         name, scale = _scale_of(graph, node.inputs[0])
-        if bias and _is_bias(bias) and layer and layer.quantized and scale is not None:
+        if bias and is_bias(bias) and layer and layer.quantized and scale is not None:
             found.append(_Bias(bias, name, scale, layer))
     return found
 
