@@ -26,6 +26,7 @@ from coordinator.demo.processes import Process, stop_all
 from coordinator.demo.report import DeviceRow, Record, RoundRow
 from coordinator.demo.settings import Settings
 from edge_sdk import params
+from edge_sdk.engine import AUTO, ENGINES
 from edge_sdk.errors import FedgeError, StoreError
 from edge_sdk.failpoints import VARIABLE
 from edge_sdk.types import Params
@@ -207,7 +208,7 @@ class Fleet:
         chosen = np.linspace(0, len(devices) - 1, min(len(devices), score.MOST_ALONE))
         rows = [devices[int(i)] for i in chosen]
         steps = [settings.rounds * self._steps(len(y)) for _, y in rows]
-        options = {"batch": settings.batch, "seed": settings.seed, "engine": settings.engine}
+        options = {"batch": settings.batch, "seed": settings.seed, "engine": _here(settings.engine)}
         return rows, score.alone(self.judge, rows, steps, **options)  # type: ignore[arg-type] # names and values belong together
 
     def _anomalies(
@@ -252,6 +253,11 @@ def failpoints(settings: Settings, number: int) -> str:
     if number in settings.stragglers:
         return f"after_train:sleep={settings.deadline_s + 1}"
     return ""
+
+
+def _here(engine: str) -> str:
+    """Return the engine if this Python has it, as that of the devices may; else any."""
+    return engine if engine in ENGINES and ENGINES[engine].is_installed else AUTO
 
 
 def _named(group: range) -> str:
