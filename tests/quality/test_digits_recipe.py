@@ -39,7 +39,7 @@ def test_the_parts_of_the_digits_share_no_row(recipe: Any) -> None:
         assert set(np.unique(parts.pretrain.y)) == set(range(10))
 
 
-def _learned(recipe: Any, seed: int, codec: str) -> dict[str, float]:
+def _learned(recipe: Any, seed: int, codec: str, downlink: str = "dense") -> dict[str, float]:
     """Return accuracies of the int8 file by plain onnxruntime, and how much smaller updates are."""
     settings, rows = Settings(), recipe.split(seed)
     optimizer = momentum(0.9, lr=settings.lr)
@@ -47,7 +47,14 @@ def _learned(recipe: Any, seed: int, codec: str) -> dict[str, float]:
     owner = dirichlet(rows.devices.y, 10, 0.5, np.random.default_rng(seed))
     devices = [(rows.devices.x[owner == i], rows.devices.y[owner == i]) for i in range(10)]
     plan = Plan(
-        settings.rounds, 10, settings.epochs, settings.batch, settings.lr, codec=codec, seed=seed
+        settings.rounds,
+        10,
+        settings.epochs,
+        settings.batch,
+        settings.lr,
+        codec=codec,
+        seed=seed,
+        downlink=downlink,
     )
     judge = score.Judge(bundle, *rows.test)
     done = federate(bundle, devices, plan, judge.score)
@@ -60,6 +67,8 @@ def _learned(recipe: Any, seed: int, codec: str) -> dict[str, float]:
         "alone": float(np.mean([judge.score_of(model) for model in alone])),
         "ratio": size / float(np.mean(done.sizes)),
         "weights": size / 4,
+        "last": float(np.mean(done.scores[-3:])),
+        "patches": size / float(np.mean(done.patches)),
     }
 
 
@@ -82,3 +91,21 @@ def test_devices_learn_what_none_of_them_could_alone(
     assert mean["after"] >= mean["alone"] + 0.15
     assert mean["after"] >= float(np.mean(dense)) - 0.01
     assert mean["ratio"] >= 25
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_patches_down_cost_no_accuracy(
+    recipe: Any, seeds: Callable[[int], range], figure: Callable[..., None]
+) -> None:
+    patched = [_learned(recipe, seed, "default", "default") for seed in seeds(5)]
+    whole = [_learned(recipe, seed, "default") for seed in seeds(5)]
+    last, dense, ratio = (
+        float(np.mean([run[name] for run in runs]))
+        for runs, name in ((patched, "last"), (whole, "last"), (patched, "patches"))
+    )
+    figure("digits in process: patches down, mean of the last 3 rounds", last)
+    figure("digits in process: whole weights down, mean of the last 3 rounds", dense)
+    figure("digits in process: dense float32 / patch", ratio, ">= 10")
+    assert ratio >= 10
+    assert last >= dense - (0.005 if len(patched) > 1 else 0.01)

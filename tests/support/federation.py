@@ -34,15 +34,17 @@ class Plan:
     lr: float
     codec: str = "default"
     seed: int = 0
+    downlink: str = "dense"
 
 
 @dataclass(slots=True)
 class Outcome:
-    """The score of each version from 1 on, and the bytes of each update body."""
+    """The score of each version from 1 on, the bytes of each update body and of each patch."""
 
     params: Params
     scores: list[float] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
+    patches: list[int] = field(default_factory=list)
 
 
 def federate(
@@ -53,6 +55,7 @@ def federate(
     states = [chosen.init(bundle.shapes, seed=i) for i in range(len(devices))]
     trainer, rng = Trainer(bundle, seed=plan.seed), np.random.default_rng(plan.seed)
     outcome = Outcome(bundle.params())
+    target, down = params.flatten(outcome.params, bundle.shapes), codec.from_spec(plan.downlink)
     for _ in range(plan.rounds):
         state = sums.init(params.count(bundle.shapes))
         for i in rng.choice(len(devices), plan.cohort, replace=False):
@@ -63,7 +66,11 @@ def federate(
             states[i] = chosen.commit(pending, accepted=True)
             outcome.sizes.append(len(blob))
             state = sums.add(state, codec.lattice(blob, bundle.shapes), weight_of(len(y)))
-        step = params.unflatten(sums.mean(state), bundle.shapes)
+        target = target + sums.mean(state)
+        gap = target - params.flatten(outcome.params, bundle.shapes)
+        patch, _ = down.encode(params.unflatten(gap, bundle.shapes), down.init(bundle.shapes))
+        outcome.patches.append(len(patch))
+        step = down.decode(patch, bundle.shapes)
         outcome.params = params.apply(outcome.params, step)
         outcome.scores.append(score(outcome.params))
     return outcome
