@@ -25,7 +25,8 @@ Seeds = Callable[[int], range]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 ROUNDS = 15
-FLOOR = ["numpy==1.24.*", "paho-mqtt==1.6.1", "cryptography==38.0.4", "onnxruntime==1.22.*"]
+FLOOR = ["numpy==1.24.*", "paho-mqtt==1.6.1", "cryptography==38.0.4"]
+RUNTIMES = {"ort": "onnxruntime==1.22.*", "tflite": "tflite-runtime==2.14.0"}
 
 
 def run(work: Path | None = None, **settings: object) -> Record:
@@ -117,25 +118,32 @@ def test_a_machine_without_mosquitto_uses_amqtt(figure: Figure) -> None:
 
 
 @pytest.mark.broker
-def test_devices_at_the_floor_of_versions_take_part(figure: Figure) -> None:
-    record = run(device_python=str(floor_python()))
-    figure("demo at the version floor: accuracy together", record.accuracy_after, ">= 0.95")
+@pytest.mark.parametrize("engine", RUNTIMES)
+def test_devices_at_the_floor_of_versions_take_part(figure: Figure, engine: str) -> None:
+    record = run(device_python=str(floor_python(engine)), engine=engine)
+    name = f"demo at the version floor, {RUNTIMES[engine]}: accuracy together"
+    figure(name, record.accuracy_after, ">= 0.95")
     assert commits(record) == ROUNDS
     assert record.accuracy_after >= 0.95
 
 
-def floor_python() -> Path:
-    """Make, once, an environment as Debian 12 has it: the oldest versions that devices may have."""
+def floor_python(engine: str) -> Path:
+    """Make, once, an environment as Debian 12 has it: the oldest versions that devices may have.
+
+    With tflite-runtime it is what a 32-bit board has, where there is no onnxruntime.
+    """
     if sys.version_info >= (3, 12):
         pytest.skip("the floor is Debian 12's Python 3.11: numpy 1.24 has no wheel for a newer one")
-    root = Path(__file__).resolve().parents[2]
-    folder = Path(os.environ.get("FEDGE_FLOOR_VENV", root / ".venv-floor"))
+    root, wanted = Path(__file__).resolve().parents[2], [*FLOOR, RUNTIMES[engine]]
+    usual = root / (".venv-floor" if engine == "ort" else f".venv-floor-{engine}")
+    named = "FEDGE_FLOOR_VENV" if engine == "ort" else f"FEDGE_FLOOR_{engine.upper()}_VENV"
+    folder = Path(os.environ.get(named, usual))
     python, stamp = folder / "bin" / "python", folder / "installed"
-    if stamp.exists() and stamp.read_text() == "\n".join(FLOOR):
+    if stamp.exists() and stamp.read_text() == "\n".join(wanted):
         return python
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, *FLOOR], check=True)
+    subprocess.run([*pip, *wanted], check=True)
     subprocess.run([*pip, "--no-deps", "-e", str(root)], check=True)
-    stamp.write_text("\n".join(FLOOR))
+    stamp.write_text("\n".join(wanted))
     return python
