@@ -69,3 +69,17 @@ need_debian() {
   DEBIAN_FRONTEND=noninteractive $sudo apt-get install -y -qq --no-install-recommends "$2" >/dev/null 2>&1 ||
     say "fedge: $2 could not be installed; the tests that need $1 will skip"
 }
+
+# need_tflite: tflite-runtime 2.14, whose last wheels are for Python 3.11 and numpy below 2, in an environment of its own.
+# Names its Python in FEDGE_TFLITE_PYTHON; where it cannot be had, the tests that need it skip.
+need_tflite() {
+  [ -z "${FEDGE_TFLITE_PYTHON:-}" ] || return 0
+  local made=$root/build/rivals/tflite
+  if [ ! -f "$made/installed" ] && command -v python3.11 >/dev/null 2>&1; then
+    say "installing tflite-runtime"
+    python3.11 -m venv "$made" &&
+      "$made/bin/python" -m pip install --quiet --disable-pip-version-check 'tflite-runtime==2.14.0' 'numpy<2' &&
+      touch "$made/installed" || say "fedge: tflite-runtime could not be installed; the tests that need it will skip"
+  fi
+  [ ! -f "$made/installed" ] || export FEDGE_TFLITE_PYTHON=$made/bin/python
+}
