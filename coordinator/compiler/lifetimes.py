@@ -115,11 +115,31 @@ def at_batch(graph: Graph, batch: int) -> Graph:
 
     large = {name: a for name, a in graph.initializers.items() if a.size > _STEERS}
     stored = {name: a for name, a in graph.initializers.items() if name not in large}
-    standing = (Value(name, a.dtype, a.shape) for name, a in large.items())
+    standing = [Value(name, a.dtype, a.shape) for name, a in large.items()]
+    standing += _sums(graph)
     inputs = tuple(map(sized, graph.inputs))
-    outputs = tuple(replace(v, shape=None) for v in graph.outputs)
-    light = replace(graph, inputs=(*inputs, *standing), outputs=outputs, initializers=stored)
-    return replace(light.inferred(), inputs=inputs, initializers=graph.initializers)
+    known = {value.name for value in standing}
+    outputs = tuple(replace(v, shape=None) for v in graph.outputs if v.name not in known)
+    light = replace(
+        graph,
+        nodes=tuple(node for node in graph.nodes if body_of(node) is None),
+        inputs=(*inputs, *standing),
+        outputs=outputs,
+        initializers=stored,
+    )
+    found = {**light.inferred().values}
+    outputs = tuple(found[v.name] for v in graph.outputs)
+    return replace(graph, inputs=inputs, outputs=outputs, values=found)
+
+
+def _sums(graph: Graph) -> list[Value]:
+    """Return what Loops make: their bodies know its shapes, their files do not say."""
+    return [
+        replace(value, name=name)
+        for node in graph.nodes
+        if (body := body_of(node)) is not None
+        for name, value in zip(node.outputs, body.graph.outputs, strict=True)
+    ]
 
 
 def schedule(graph: Graph, batch: int) -> Schedule:

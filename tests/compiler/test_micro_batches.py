@@ -124,6 +124,14 @@ def test_the_manifest_says_so_and_counts_what_runs_inside() -> None:
     assert cost["ram_train"]["64"] < whole.manifest["cost"]["ram_train"]["64"]
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_every_size_is_known_inside_and_after_the_loop(model: str) -> None:
+    made = build(
+        MODELS[model](), loss="cross_entropy", optimizer=OPTIMIZERS["clip adam"], micro_batch=4
+    )
+    assert "unsized" not in made.manifest["cost"]
+
+
 def test_it_is_deterministic() -> None:
     made = [build(cnn(), loss="cross_entropy", micro_batch=4).data for _ in range(2)]
     assert made[0] == made[1]
