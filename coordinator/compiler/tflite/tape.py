@@ -22,6 +22,7 @@ BATCH = 2_147_483_647
 
 Dims = tuple[int, ...]
 
+_FEW = 32  # channels, up to which rows of pixels are padded as rows of numbers
 _MOST_REDUCED = 4  # dimensions that every runtime's reductions take
 
 
@@ -281,6 +282,8 @@ class Tape:
             pairs = [(max(b, 0), max(e, 0)) for b, e in pairs]
         if not any(map(any, pairs)):
             return x
+        if self._has_short_rows(x, pairs):
+            return self._padded_flat(x, pairs, value)
         shape = [d + b + e for d, (b, e) in zip(self.shape(x), pairs, strict=True)]
         room = self.const(np.array(pairs, np.int32), np.int32)
         quantization = self.tensors[x].quantization
@@ -288,6 +291,22 @@ class Tape:
             filler = self.const(value, self.dtype(x), quantization)
             return self.add("PADV2", [x, room, filler], shape, quantization=quantization)
         return self.add("PAD", [x, room], shape)
+
+    def _has_short_rows(self, x: int, pairs: Sequence[tuple[int, int]]) -> bool:
+        """Tell whether pixels of few channels would be padded one by one, which XNNPACK does.
+
+        LiteRT 2.3, 1 thread: [16, 96, 96, 3] takes 1.3 ms, as [16, 96, 288] 0.10.
+        """
+        shape = self.shape(x)
+        is_image = len(shape) == 4 and not any(pairs[3]) and any(pairs[2])
+        return is_image and shape[3] <= _FEW and not is_free(shape[2])
+
+    def _padded_flat(self, x: int, pairs: Sequence[tuple[int, int]], value: float) -> int:
+        first, height, width, channels = self.shape(x)
+        flat = self.reshape(x, (first, height, width * channels))
+        begin, end = pairs[2]
+        made = self.pad(flat, [*pairs[:2], (begin * channels, end * channels)], value)
+        return self.reshape(made, (*self.shape(made)[:2], width + begin + end, channels))
 
     def concat(self, xs: Sequence[int], axis: int) -> int:
         """Record a CONCATENATION."""
