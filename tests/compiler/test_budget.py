@@ -287,3 +287,11 @@ def test_a_build_within_a_budget_keeps_it_when_it_runs() -> None:
     runtime, peak = memory.grown(bundle, 16)
     assert peak - runtime <= 1.05 * limit
     assert np.isfinite(Trainer(bundle).step(*recipes.examples(bundle, 4)))
+
+
+def test_the_bench_measures_what_a_budget_came_to() -> None:
+    (row,) = memory.within(["har"], ["22MiB"], batch=32)
+    assert (row["max_ram"], row["batch"], row["train"]) == ("22MiB", 32, "all")
+    assert 0 < row["micro_batch"] < 32
+    assert row["predicted_mib"] <= 22
+    assert -0.15 < row["off"] < HIGH, json.dumps(row)
