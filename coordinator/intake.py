@@ -18,6 +18,7 @@ from coordinator.publishing import Publisher
 from coordinator.rounds import Action, Declined, Left, Returned
 from coordinator.store import Store, StoredUpdate
 from edge_sdk import topics
+from edge_sdk.bounds import MAX_MISSING
 from edge_sdk.chunks import Assembler
 from edge_sdk.errors import MessageError, StoreError
 from edge_sdk.messages import (
@@ -25,6 +26,7 @@ from edge_sdk.messages import (
     CheckIn,
     Chunk,
     Message,
+    Missing,
     Receipt,
     Signed,
     Status,
@@ -163,12 +165,30 @@ class Intake:
             raise MessageError(f"expected an update of at most {most} bytes, got {chunk.size}")
         frame = self._assembler.add(address.device, chunk)
         if frame is None:
-            return None
+            return self._answer(desk, address.device, chunk) if chunk.probe else None
         topic = topics.up(address.task, address.device, "update")
         match self._verified(topic, frame, key, MAX_TRANSFER):
             case (Update() as update, signed):
                 return self._count(desk, address.device, update, signed)
         return None
+
+    async def _answer(self, desk: Desk, device: str, chunk: Chunk) -> None:
+        """Say which chunks are missing, or that the update was counted and its receipt lost."""
+        try:
+            number = await self._store.round_of(desk.task.name, device, chunk.hash[:16])
+        except StoreError as error:
+            self._complain(device, "store", error)
+            return
+        if number is not None:
+            self._assembler.forget(device)
+            update = chunk.hash[:16]
+            answer = Receipt(number, update, "duplicate", "", update)
+            await self._publisher.receipt(desk, device, answer)
+            return
+        missing = self._assembler.missing(device, chunk.hash)
+        if missing:
+            answer = Missing(chunk.hash, chunk.count, missing[:MAX_MISSING])
+            await self._publisher.missing(desk, device, answer)
 
     async def _count(self, desk: Desk, device: str, update: Update, signed: Signed) -> None:
         try:

@@ -12,7 +12,7 @@ from coordinator.desk import Desk
 from coordinator.link import Link
 from edge_sdk import chunks, topics
 from edge_sdk.errors import TransportError
-from edge_sdk.messages import Invite, Message, Offer, Part, Receipt, encode
+from edge_sdk.messages import Invite, Message, Missing, Offer, Part, Receipt, encode
 from edge_sdk.signing import Signer
 
 log = logging.getLogger(__name__)
@@ -95,6 +95,10 @@ class Publisher:
     async def receipt(self, desk: Desk, device: str, receipt: Receipt) -> None:
         """Tell a device what became of its update; after the store's commit, never before."""
         await self._send(topics.down(desk.task.name, device, "receipt"), receipt)
+
+    async def missing(self, desk: Desk, device: str, missing: Missing) -> None:
+        """Tell a device which chunks of a transfer have not come."""
+        await self._send(topics.down(desk.task.name, device, "missing"), missing)
 
     async def _parts(self, desk: Desk, parts: list[Part]) -> None:
         name = desk.task.name

@@ -204,6 +204,12 @@ class Store:
         row = await self._writer.run(lambda db: db.execute(_COUNTED, where).fetchone())
         return None if row is None else cast("bytes", row[1])
 
+    async def round_of(self, task: str, device: str, update: bytes) -> int | None:
+        """Return the round that an update was counted for, by its hash; None if it was not."""
+        where = (task, device, update)
+        row = await self._writer.run(lambda db: db.execute(_ROUND_OF, where).fetchone())
+        return None if row is None else int(row[0])
+
     async def commit(
         self,
         task: str,
@@ -292,6 +298,7 @@ _COUNT = """INSERT INTO updates (
 _COUNTED = "SELECT outcome, hash FROM updates WHERE task = ? AND round = ? AND device = ?"
 _PATCHES = """SELECT version, digest, patch FROM versions
     WHERE task = ? AND version > ? AND patch IS NOT NULL ORDER BY version DESC"""
+_ROUND_OF = "SELECT round FROM updates WHERE task = ? AND device = ? AND hash = ?"
 _ADD_VERSION = """INSERT INTO versions
     (task, version, round, digest, params, optimizer, target, patch)
     SELECT ?, ?, ?, ?, ?, ?, ?, ? WHERE (SELECT max(version) FROM versions WHERE task = ?) = ?"""

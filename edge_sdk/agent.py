@@ -26,7 +26,7 @@ from edge_sdk.errors import FedgeError, MessageError, RefusedError, StoreError
 from edge_sdk.failpoints import Failpoints
 from edge_sdk.fetching import Fetching
 from edge_sdk.local import Local
-from edge_sdk.messages import Invite, Offer, Part, Receipt
+from edge_sdk.messages import Invite, Missing, Offer, Part, Receipt
 from edge_sdk.model import Model
 from edge_sdk.outbox import Outbox
 from edge_sdk.session import Session, Unreceipted, next_due, step
@@ -285,6 +285,9 @@ class Agent:
                 return self._invited(message, arrived_at)
             case Receipt():
                 return self._receipted(message)
+            case Missing():
+                self._uploads.supply(message)
+                return []
             case Part():
                 return self._fetching.part(message, self._clock.monotonic())
         raise MessageError(f"{type(message).__name__} is not for a device")

@@ -12,6 +12,9 @@ from edge_sdk.types import Spec
 
 MAX_PART_BYTES = 2**30
 MAX_SLICES = 65_535
+MAX_MISSING = 512
+"""How many missing slices are asked for at a time."""
+
 MAX_PATCHES = 32
 """How many versions back an offer may have patches for."""
 MAX_SECONDS = 31 * 86_400.0
@@ -88,6 +91,11 @@ def _are_sizes(value: object) -> bool:
     return isinstance(value, list) and len(value) <= MAX_PATCHES and all(map(size.holds, value))
 
 
+def _are_slices(value: object) -> bool:
+    index = _integer(0, MAX_SLICES - 1)
+    return isinstance(value, list) and len(value) <= MAX_MISSING and all(map(index.holds, value))
+
+
 def _is_spec(value: object) -> bool:
     return isinstance(value, list) and 0 < len(value) <= 16 and _is_plain(value, 5)
 
@@ -134,6 +142,7 @@ CodecSpec: TypeAlias = Annotated[Spec, Bound("a codec, as lists of names and num
 MaybeNatural: TypeAlias = Annotated[int | None, _maybe(_NATURAL)]
 MaybeReal: TypeAlias = Annotated[float | None, _maybe(_REAL)]
 MaybeSeconds: TypeAlias = Annotated[float | None, _maybe(_SECONDS)]
+Slices: TypeAlias = Annotated[list[int], Bound(f"up to {MAX_MISSING} slices", _are_slices)]
 MaybeSizes: TypeAlias = Annotated[
     list[int] | None,
     _maybe(Bound(f"up to {MAX_PATCHES} sizes in bytes", _are_sizes)),

@@ -23,7 +23,8 @@ def split(frame: bytes, max_packet: int = MAX_FRAME) -> list[Chunk]:
     """Cut an Update frame into chunks that, encoded, are at most `max_packet` bytes each."""
     size, digest = len(frame), hashlib.sha256(frame).digest()
     count = slices(size, max_packet)
-    return [Chunk(digest, i, count, size, frame[slice_of(i, count, size)]) for i in range(count)]
+    cuts = (slice_of(i, count, size) for i in range(count))
+    return [Chunk(digest, i, count, size, body=frame[cut]) for i, cut in enumerate(cuts)]
 
 
 def parts(

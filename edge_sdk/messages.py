@@ -39,6 +39,7 @@ from edge_sdk.bounds import (
     Seconds,
     Sentence,
     SliceCount,
+    Slices,
     Word32,
     Word63,
 )
@@ -142,6 +143,8 @@ class Chunk:
     count: SliceCount
     size: Natural
     """Bytes of the whole frame; with `index` and `count` it fixes the length of the body."""
+    probe: Flag = False
+    """Asks which of the others are missing, instead of sending them all again."""
     body: bytes = b""
 
 
@@ -159,6 +162,16 @@ class Receipt:
 
 
 @dataclass(frozen=True, slots=True)
+class Missing:
+    """The answer to a probe: which slices of a transfer have not come, the first of them."""
+
+    hash: Hash32
+    """As in the chunks."""
+    count: SliceCount
+    missing: Slices
+
+
+@dataclass(frozen=True, slots=True)
 class Part:
     """One slice of the bundle, of the weights or of a patch. Retained."""
 
@@ -172,7 +185,7 @@ class Part:
     body: bytes = b""
 
 
-Message: TypeAlias = Status | Offer | CheckIn | Invite | Update | Chunk | Receipt | Part
+Message: TypeAlias = Status | Offer | CheckIn | Invite | Update | Chunk | Receipt | Part | Missing
 
 KINDS: dict[int, type[Message]] = {
     1: Status,
@@ -183,6 +196,7 @@ KINDS: dict[int, type[Message]] = {
     6: Chunk,
     7: Receipt,
     8: Part,
+    9: Missing,
 }
 _NUMBERS = {kind: number for number, kind in KINDS.items()}
 

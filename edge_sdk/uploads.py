@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from edge_sdk.bundle import Bundle
 from edge_sdk.codec import Codec, State
 from edge_sdk.errors import CodecError
 from edge_sdk.failpoints import Failpoints
-from edge_sdk.messages import Invite, Update
+from edge_sdk.messages import Chunk, Invite, Missing, Update
 from edge_sdk.outbox import Entry, Outbox
 from edge_sdk.params import unflatten
 from edge_sdk.signing import DeviceKey
@@ -47,6 +48,8 @@ class Uploads:
     ) -> None:
         self._task, self._key, self._store, self._outbox = task, key, store, outbox
         self._publish, self._failpoints, self._max_packet = publish, failpoints, max_packet
+        self._asked: set[bytes] = set()
+        """Updates whose missing chunks were asked for at the latest attempt."""
 
     def submit(self, invite: Invite, trained: TrainResult, bundle: Bundle) -> bytes:
         """Put the update of a round into the outbox and send it; return what a receipt calls it.
@@ -85,10 +88,36 @@ class Uploads:
         return update
 
     def resend(self, update: bytes) -> None:
-        """Send an update from the outbox again; one that is no longer there is let go."""
-        if (entry := self._outbox.entry(update)) is not None:
-            log.info("update sent again round=%d", entry.round)
+        """Send an update from the outbox again; one that is no longer there is let go.
+
+        Of one in chunks, the first asks which others are missing; every second time all are sent,
+        for a coordinator that does not answer.
+        """
+        if (entry := self._outbox.entry(update)) is None:
+            return
+        log.info("update sent again round=%d", entry.round)
+        cut = self._cut(entry.frame)
+        asked = update in self._asked
+        self._asked ^= {update}
+        if asked or len(cut) == 1:
             self._send(entry.frame)
+        else:
+            self._publish(*self._packet(replace(cut[0], probe=True)))
+
+    def supply(self, wanted: Missing) -> None:
+        """Send the chunks that a coordinator misses of an update that is still in the outbox."""
+        update = wanted.hash[:16]
+        if (entry := self._outbox.entry(update)) is None:
+            return
+        self._asked -= {update}
+        cut = self._cut(entry.frame)
+        if len(cut) != wanted.count:  # cut for other packets: what is there is of no use
+            self._send(entry.frame)
+            return
+        chosen = [cut[i] for i in wanted.missing if i < len(cut)]
+        log.info("chunks sent round=%d missing=%d of=%d", entry.round, len(chosen), len(cut))
+        for chunk in chosen:
+            self._publish(*self._packet(chunk))
 
     def settle(self, update: bytes, *, accepted: bool) -> None:
         """Act on a receipt: move the residual on, then take the update out of the outbox.
@@ -119,16 +148,24 @@ class Uploads:
         return chain.init(bundle.shapes, seed=int.from_bytes(self._key.public[:7], "little"))
 
     def _send(self, frame: bytes) -> None:
+        cut = self._cut(frame)
         packets = [(self._topic("update"), frame)]
-        if len(frame) > (limit := self._max_packet()):
-            topic = self._topic("chunk")
-            cut = chunks.split(frame, limit)
-            packets = [(topic, messages.encode(chunk, self._key, topic)) for chunk in cut]
+        if len(cut) > 1:
+            packets = [self._packet(chunk) for chunk in cut]
         for packet in packets[:-1]:
             self._publish(*packet)
         self._failpoints.reach("before_last_chunk")
         self._publish(*packets[-1])
         self._failpoints.reach("after_send")
+
+    def _cut(self, frame: bytes) -> list[Chunk]:
+        """Return the chunks that a frame goes in; a single one where it fits a packet whole."""
+        limit = self._max_packet()
+        return chunks.split(frame, limit if len(frame) > limit else messages.MAX_TRANSFER)
+
+    def _packet(self, chunk: Chunk) -> tuple[str, bytes]:
+        topic = self._topic("chunk")
+        return topic, messages.encode(chunk, self._key, topic)
 
     def _topic(self, kind: str) -> str:
         return topics.up(self._task, self._key.id, kind)

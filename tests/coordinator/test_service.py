@@ -632,7 +632,7 @@ def test_a_transfer_that_is_announced_too_large_is_refused_before_it_is_held(
         async with world.coordinator((task(), pace(2, 2, 1))) as coordinator:
             await world.until(invited(devices, 1))
             size = 50 * 2**20
-            chunk = messages.Chunk(b"h" * 32, 0, 500, size, b"x" * (size // 500))
+            chunk = messages.Chunk(b"h" * 32, 0, 500, size, body=b"x" * (size // 500))
             devices[0].send(chunk, topics.up("t", devices[0].id, "chunk"))
             await world.until(lambda: coordinator.counters["malformed"] == 1)
             assert coordinator._intake._assembler.bytes == 0

@@ -64,7 +64,7 @@ def test_sources_are_kept_apart() -> None:
 
 def test_memory_follows_what_came_not_what_was_announced() -> None:
     assembler = Assembler()
-    assembler.add("d", Chunk(bytes(32), 0, 65_535, 65_535, b"x"))
+    assembler.add("d", Chunk(bytes(32), 0, 65_535, 65_535, body=b"x"))
     assert assembler.bytes == 1
 
 
@@ -104,7 +104,7 @@ def test_chunks_that_hash_to_something_else_are_refused_and_forgotten() -> None:
     assembler = Assembler()
     assembler.add("d", a)
     with pytest.raises(MessageError, match="do not hash"):
-        assembler.add("d", Chunk(b.hash, b.index, b.count, b.size, bytes(len(b.body))))
+        assembler.add("d", Chunk(b.hash, b.index, b.count, b.size, body=bytes(len(b.body))))
     assert (len(assembler), assembler.bytes) == (0, 0)
     assembler.add("d", a)
     assert assembler.add("d", b) == _random(1000)

@@ -60,6 +60,15 @@ class Scene:
         self.until(lambda: self.coordinator.checkins and self.coordinator.checkins[-1].ready)
 
 
+PACKET = 320
+
+
+@pytest.fixture
+def small_packets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a broker's packets be smaller than any real one's, so that small updates are cut."""
+    monkeypatch.setattr(chunks, "MIN_PACKET", PACKET)
+
+
 @pytest.fixture
 def scene(tmp_path: Path) -> Scene:
     return Scene(tmp_path / "state")
@@ -242,14 +251,59 @@ def test_an_update_without_receipt_is_sent_again_at_reconnect(scene: Scene) -> N
         scene.until(lambda: scene.coordinator.checkins[-1].ready)
 
 
-def test_a_large_update_goes_in_chunks(scene: Scene) -> None:
+def test_a_large_update_goes_in_chunks(scene: Scene, small_packets: None) -> None:
     with scene.device() as device:
-        device._agent._transport.max_packet = 600  # type: ignore[attr-defined]  # as a broker may say
+        device._agent._transport.max_packet = PACKET  # type: ignore[attr-defined]  # as a broker may say
         scene.ready(device)
         scene.coordinator.invite(device.id)
         scene.until(lambda: scene.coordinator.updates)
         scene.until(lambda: device.status()["receipts"])
-        assert max(map(len, scene.coordinator.payloads)) <= 600
+        assert max(map(len, scene.coordinator.payloads)) <= PACKET
+        assert len(scene.coordinator.chunks) > 2
+
+
+def test_an_upload_that_was_cut_off_asks_what_is_missing_and_sends_that_alone(
+    scene: Scene, small_packets: None
+) -> None:
+    scene.coordinator.outcome = None
+    with scene.device() as device:
+        device._agent._transport.max_packet = PACKET  # type: ignore[attr-defined]  # as a broker may say
+        scene.ready(device)
+        scene.coordinator.invite(device.id)
+        scene.until(lambda: scene.coordinator.updates)
+        sent = scene.coordinator.chunks
+        assert [c.index for c in sent] == list(range(sent[0].count))
+        scene.broker.cut(device.id)
+        scene.until(lambda: not device.online)
+        scene.broker.restore(device.id)
+        scene.until(lambda: scene.coordinator.chunks[-1].probe)
+        first = scene.coordinator.chunks[0]
+        wanted = messages.Missing(first.hash, first.count, [first.count - 1])
+        before = len(scene.coordinator.chunks)
+        scene.coordinator.send(wanted, topics.down(TASK, device.id, "missing"))
+        scene.until(lambda: len(scene.coordinator.chunks) > before)
+        assert [c.index for c in scene.coordinator.chunks[before:]] == [first.count - 1]
+        other = messages.Missing(first.hash, first.count + 1, [0])  # cut for another size
+        scene.coordinator.send(other, topics.down(TASK, device.id, "missing"))
+        scene.until(lambda: len(scene.coordinator.updates) > 1)
+
+
+def test_a_probe_that_is_not_answered_is_followed_by_the_whole(
+    scene: Scene, small_packets: None
+) -> None:
+    scene.coordinator.outcome = None
+    with scene.device() as device:
+        device._agent._transport.max_packet = PACKET  # type: ignore[attr-defined]  # as a broker may say
+        scene.ready(device)
+        scene.coordinator.invite(device.id)
+        scene.until(lambda: scene.coordinator.updates)
+        count = len(scene.coordinator.chunks)
+        for wanted in (count + 1, 2 * count + 1):
+            scene.broker.cut(device.id)
+            scene.until(lambda: not device.online)
+            scene.broker.restore(device.id)
+            scene.until(lambda n=wanted: len(scene.coordinator.chunks) >= n)
+        assert len(scene.coordinator.updates) == 2
 
 
 def test_the_residual_moves_on_with_a_counted_receipt_only(scene: Scene) -> None:

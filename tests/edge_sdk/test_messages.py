@@ -18,6 +18,7 @@ from edge_sdk.messages import (
     Chunk,
     Invite,
     Message,
+    Missing,
     Offer,
     Part,
     Receipt,
@@ -56,7 +57,17 @@ EXAMPLES: list[tuple[Message, DeviceKey, str]] = [
         KEY,
         topics.up(TASK, KEY.id, "update"),
     ),
-    (Chunk(b"\3" * 32, 1, 3, 100, b"\6" * 33), KEY, topics.up(TASK, KEY.id, "chunk")),
+    (
+        Chunk(b"\3" * 32, 1, 3, 100, body=b"\6" * 33),
+        KEY,
+        topics.up(TASK, KEY.id, "chunk"),
+    ),
+    (
+        Chunk(b"\3" * 32, 0, 3, 100, probe=True, body=b"\6" * 33),
+        KEY,
+        topics.up(TASK, KEY.id, "chunk"),
+    ),
+    (Missing(b"\3" * 32, 3, [1, 2]), HUB, topics.down(TASK, KEY.id, "missing")),
     (
         Receipt(4, b"\4" * 16, "duplicate", "one a round", b"\x08" * 16),
         HUB,
@@ -73,7 +84,7 @@ EXAMPLES: list[tuple[Message, DeviceKey, str]] = [
         topics.part(TASK, "patch", 1, 17),
     ),
 ]
-_ids = [f"{type(m).__name__}-{getattr(m, 'what', '')}".strip("-") for m, _, _ in EXAMPLES]
+_ids = [f"{type(m).__name__}-{i}" for i, (m, _, _) in enumerate(EXAMPLES)]
 each = pytest.mark.parametrize(("message", "key", "topic"), EXAMPLES, ids=_ids)
 
 
@@ -181,9 +192,13 @@ def test_every_field_refuses_what_is_not_of_its_kind(
 def _kinds(name: str) -> set[type]:
     real = {"loss", "seconds", "deadline_s", "lr", "mu"}
     text = {"name", "sdk", "reason"}
-    flag = {"online", "ready"}
+    flag = {"online", "ready", "probe"}
     kinds: set[type] = {str} if name in text else {bool} if name in flag else {int}
-    return {float} if name in real else kinds | ({list} if name in {"codec", "patches"} else set())
+    return (
+        {float}
+        if name in real
+        else kinds | ({list} if name in {"codec", "patches", "missing"} else set())
+    )
 
 
 @given(

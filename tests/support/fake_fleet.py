@@ -50,6 +50,7 @@ class FakeDevice:
         self.offers: dict[str, Offer] = {}
         self.invites: list[tuple[str, Invite]] = []
         self.receipts: list[Receipt] = []
+        self.missing: list[messages.Missing] = []
         self.outbox: dict[bytes, tuple[str, bytes]] = {}
         self.parts: dict[tuple[str, str, int], messages.Part] = {}
 
@@ -133,6 +134,9 @@ class FakeDevice:
                 assert signed.by(self.offers[task].key)
                 self.receipts.append(message)
                 self.outbox.pop(message.update, None)
+            case messages.Missing():
+                assert signed.by(self.offers[task].key)
+                self.missing.append(message)
             case messages.Part():
                 place = f"patch{topics.slot(message.version):02}"
                 what = place if message.what == "patch" else message.what

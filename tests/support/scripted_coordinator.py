@@ -39,6 +39,7 @@ class Scripted:
         self.updates: list[tuple[Update, bytes]] = []  # with the id that a receipt names
         self.statuses: list[Status] = []
         self.payloads: list[bytes] = []
+        self.chunks: list[Chunk] = []
         self.call, self.round, self.version = 1, 0, 0
         self.model = weights_of(bundle)
         self.outcome: str | None = "counted"
@@ -107,6 +108,7 @@ class Scripted:
         message, signed = messages.decode(payload, topic)
         address = topics.parse(topic)
         if isinstance(message, Chunk):
+            self.chunks.append(message)
             frame = self._assembler.add(address.device, message)
             if frame is None:
                 return
