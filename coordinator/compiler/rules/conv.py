@@ -31,7 +31,7 @@ def choose(layer: Layer) -> Plan:
     The thresholds are where onnxruntime 1.32 changes sides (x86-64, 2 threads, batch 16).
     """
     w = layer.window
-    turns = w.is_flippable and (w.taps == 1 or layer.group > 1)
+    turns = w.is_flippable and (w.taps == 1 or layer.channels > 4)
     return Plan(_choose_filter(layer), "flipped" if turns else "transposed")
 
 

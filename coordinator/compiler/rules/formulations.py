@@ -28,6 +28,9 @@ from coordinator.compiler.rules.window import (
 _MOST_PLACES = 1 << 13
 """Places that a stored table of windows may name: 32 KiB."""
 
+_FEW_CHANNELS = 64
+"""Channels up to which a product with a diagonal matrix is cheap."""
+
 
 def _input_transposed(e: Emit, g: str, weights: str, layer: Layer) -> str:
     return transposed(e, g, weights, layer.window, layer.group)
@@ -94,12 +97,30 @@ def _filter_swapped(e: Emit, x: str, g: str, layer: Layer) -> str:
 def _filter_columns(e: Emit, x: str, g: str, layer: Layer) -> str:
     """Lay out what each window sees as the rows of one matrix, channels last, for one Gemm."""
     w = layer.window
-    last = [0, *range(2, len(w.kernel) + 2), 1]
     flat = e.Reshape(
-        _patches(e, e.Transpose(x, perm=last), layer), e.ints(-1, w.taps * layer.channels)
+        _patches(e, _channels_last(e, x, layer), layer), e.ints(-1, w.taps * layer.channels)
     )
-    upstream = e.Reshape(e.Transpose(g, perm=last), e.ints(-1, layer.filters))
-    return _untapped(e, e.Gemm(upstream, flat, transA=1), layer)
+    upstream = e.Transpose(g, perm=[1, 0, *range(2, len(w.kernel) + 2)])
+    return _untapped(e, e.Gemm(e.Reshape(upstream, e.ints(layer.filters, -1)), flat), layer)
+
+
+def _channels_last(e: Emit, x: str, layer: Layer) -> str:
+    """Return x as [N, *size, C]."""
+    w = layer.window
+    if layer.channels > _FEW_CHANNELS:
+        return e.Transpose(x, perm=[0, *range(2, len(w.kernel) + 2), 1])
+    pixels = e.Reshape(x, e.ints(-1, layer.channels, math.prod(w.size)))
+    return e.Reshape(_swapped(e, pixels), e.ints(-1, *w.size, layer.channels))
+
+
+def _swapped(e: Emit, x: str) -> str:
+    """Exchange the last two of three dimensions by a product with ones along the diagonal.
+
+    onnxruntime reads an operand of a product transposed as it is, all in one go. Its Transpose
+    wakes the threads for each matrix: of [64, 9, 64] it takes 0.006 ms on one, 0.2 on two.
+    """
+    rows = e.dims(x)[1] or 0
+    return e.MatMul(e.Transpose(x, perm=[0, 2, 1]), e.const(np.eye(rows)))
 
 
 def _patches(e: Emit, image: str, layer: Layer) -> str:
@@ -135,7 +156,7 @@ def _untapped(e: Emit, found: str, layer: Layer) -> str:
     """Turn [K, taps * C] into [K, C, *kernel]."""
     w = layer.window
     split = e.Reshape(found, e.ints(layer.filters, w.taps, layer.channels))
-    moved = e.Transpose(split, perm=[0, 2, 1]) if w.taps > 1 else split
+    moved = _swapped(e, split) if w.taps > 1 else split
     return e.Reshape(moved, e.ints(layer.filters, layer.channels, *w.kernel))
 
 
