@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from coordinator.compiler import build, momentum
+from coordinator.recipes import recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,3 +82,51 @@ def test_help_and_version_work_without_extras(bare: Path) -> None:
     for words in (["--help"], ["--version"], ["device", "--help"], ["coordinator", "--help"]):
         done = run(str(bare / "fedge"), *words, cwd=bare)
         assert done.returncode == 0, done.stderr
+
+
+TRAINS = """
+import sys, numpy as np
+from edge_sdk import Bundle, Trainer, codec
+from edge_sdk.engine import choose
+from edge_sdk.model import open_model
+bundle = Bundle.load(sys.argv[1])
+bundle.check()
+rng = np.random.default_rng(0)
+x = rng.random((16, *bundle.manifest["input"]["shape"][1:]), np.float32)
+y = rng.integers(0, 10, 16)
+trainer = Trainer(bundle)
+losses = [trainer.step(x, y) for _ in range(20)]
+chain = codec.preset("default")
+blob, _ = chain.encode(trainer.delta(), chain.init(bundle.shapes))
+model = open_model(bundle, bundle.member("params.bin"), 0)
+heavy = {"onnxruntime", "onnx", "flatbuffers", "tensorflow", "coordinator"} & set(sys.modules)
+learns, shape = losses[-1] < losses[0] / 2, model.predict(x).shape
+print(choose(bundle.manifest).engine, learns, shape, len(blob) > 0, sorted(heavy))
+"""
+
+
+def test_with_litert_alone_a_device_checks_trains_encodes_and_predicts(
+    wheel: Path, tmp_path: Path
+) -> None:
+    digits = recipe("digits").build(0)
+    optimizer = momentum(0.9, lr=0.05)
+    both = ("onnx", "tflite")
+    bundle = build(digits, loss="cross_entropy", optimizer=optimizer, engines=both)
+    bundle.save(tmp_path / "digits.fedge")
+    (tmp_path / "device.toml").write_text(
+        'broker = "mqtt://127.0.0.1:9"\ntask = "t"\nbundle = "digits.fedge"\nstate = "state"\n'
+    )
+    assert run(sys.executable, "-m", "venv", str(tmp_path / "venv"), cwd=tmp_path).returncode == 0
+    python = str(tmp_path / "venv" / "bin" / "python")
+    extra = run(python, "-m", "pip", "install", "--quiet", f"{wheel}[litert]", cwd=tmp_path)
+    assert extra.returncode == 0, extra.stderr
+    done = run(python, "-c", TRAINS, str(tmp_path / "digits.fedge"), cwd=tmp_path)
+    assert done.stdout.strip() == "litert True (16, 10) True []", done.stderr
+    doctor = run(
+        python, "-m", "edge_sdk", "device", "doctor", "--config", "device.toml", "--json",
+        cwd=tmp_path,
+    )  # fmt: skip
+    checks = {c["check"]: c for c in json.loads(doctor.stdout)}
+    assert checks["engine"]["ok"]
+    assert checks["engine"]["says"].startswith("litert 2.")
+    assert "not ort: onnxruntime is not installed" in checks["engine"]["says"]
