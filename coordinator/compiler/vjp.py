@@ -183,7 +183,7 @@ def backward(
         grads = {name: [g] for name, g in seeds.items()}
         for node in reversed(nodes):
             if any(out in grads and out in wanted for out in node.outputs):
-                _visit(e, node, grads, wanted, set(targets), rules)
+                _visit(e, node, grads, wanted, kept=set(targets), rules=rules)
     finally:
         e.want(None)
     return {target: _total(e, grads, target, nodes) for target in targets}
@@ -194,6 +194,7 @@ def _visit(
     node: Node,
     grads: dict[str, list[str]],
     wanted: set[str],
+    *,
     kept: set[str],
     rules: Mapping[str, SeveralRule],
 ) -> None:
