@@ -182,8 +182,8 @@ class Intake:
         if number is not None:
             self._assembler.forget(device)
             update = chunk.hash[:16]
-            answer = Receipt(number, update, "duplicate", "", update)
-            await self._publisher.receipt(desk, device, answer)
+            receipt = Receipt(number, update, "duplicate", "", update)
+            await self._publisher.receipt(desk, device, receipt)
             return
         missing = self._assembler.missing(device, chunk.hash)
         if missing:

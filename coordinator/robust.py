@@ -88,7 +88,7 @@ def _weighted(rows: Array, beta: NDArray[np.float64]) -> Array:
     total = np.zeros(rows.shape[1])
     for row, share in zip(rows, beta, strict=True):
         total += share * row
-    return (total / beta.sum()).astype(np.float32)
+    return np.asarray(total / beta.sum(), np.float32)
 
 
 def _by_columns(rows: Array, rule: Callable[[Array], NDArray[np.floating]]) -> Array:

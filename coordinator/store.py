@@ -225,8 +225,8 @@ class Store:
 
         def work(db: sqlite3.Connection) -> None:
             v = version
-            row = (task, v.number, v.round, v.digest, v.params, v.optimizer)
-            row = (*row, v.target or None, v.patch or None, task, v.number - 1)
+            named = (task, v.number, v.round, v.digest, v.params, v.optimizer)
+            row = (*named, v.target or None, v.patch or None, task, v.number - 1)
             if db.execute(_ADD_VERSION, row).rowcount != 1:
                 raise ContradictionError(f"task {task}: version {v.number} is not the next one")
             _close_round(db, task, v.round, "commit", result)
