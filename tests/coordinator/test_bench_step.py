@@ -91,7 +91,7 @@ def test_a_rival_whose_python_is_not_given_or_not_there_is_named() -> None:
     assert cast("float", cost["ms"]) > 0
 
 
-@pytest.mark.figures  # the rival's last wheels are for one Python: `scripts/bench rivals` makes it one
+@pytest.mark.figures  # the rival runs on Python 3.11 alone: `scripts/bench rivals` makes it one
 @pytest.mark.skipif("FEDGE_ORT_TRAINING" not in os.environ, reason="FEDGE_ORT_TRAINING is not set")
 @pytest.mark.parametrize("mode", ["all", "head", "bias"])
 def test_onnxruntime_training_takes_the_same_steps(mode: str) -> None:
