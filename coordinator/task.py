@@ -50,7 +50,7 @@ class Task:
     bundle: Bundle | str | Path
     strategy: Strategy = field(default_factory=fedavg)
     codec: str | Spec = "default"
-    downlink: str | Spec = "default"
+    downlink: str | Spec = "downlink"
     epochs: int | None = 1
     steps: int | None = None
     seconds: float | None = None

@@ -17,6 +17,7 @@ PRESETS: dict[str, list[list[object]]] = {
     "stateless-lean": [["stochastic", 0.05]],
     "exact-ish": [["grid", 0.1]],
     "dense": [["dense"]],
+    "downlink": [["ef"], ["deadzone", 1.0]],
 }
 STAGES: dict[str, tuple[Callable[..., Stage], int]] = {
     "top_k": (stages.top_k, 1),
@@ -31,7 +32,7 @@ STAGES: dict[str, tuple[Callable[..., Stage], int]] = {
 
 
 def preset(name: str) -> Codec:
-    """Return the codec of a name: default, lean, stateless, stateless-lean, exact-ish or dense.
+    """Return the codec of a name, one of `PRESETS`.
 
     Raises: CodecError for another name.
     """

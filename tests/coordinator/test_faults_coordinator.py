@@ -31,7 +31,7 @@ def replayed(folder: Path, strategy: Strategy) -> list[bytes]:
     """Rebuild every version from the updates that the journal says it holds."""
     size = params.count(BUNDLE.shapes)
     weights = params.flatten(BUNDLE.params(), BUNDLE.shapes)
-    target, down = weights, codec.preset("default")
+    target, down = weights, codec.preset("downlink")
     state = strategy.server.init(size)
     digests = []
     with sqlite3.connect(folder / "coordinator.db") as db:

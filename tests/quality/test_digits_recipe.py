@@ -98,7 +98,7 @@ def test_devices_learn_what_none_of_them_could_alone(
 def test_patches_down_cost_no_accuracy(
     recipe: Any, seeds: Callable[[int], range], figure: Callable[..., None]
 ) -> None:
-    patched = [_learned(recipe, seed, "default", "default") for seed in seeds(5)]
+    patched = [_learned(recipe, seed, "default", "downlink") for seed in seeds(5)]
     whole = [_learned(recipe, seed, "default") for seed in seeds(5)]
     last, dense, ratio = (
         float(np.mean([run[name] for run in runs]))
