@@ -7,7 +7,7 @@ A migration that has been released is never edited: append the next one.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from edge_sdk.errors import StoreError
 
@@ -86,14 +86,19 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
 )
 
 
-def migrate(db: sqlite3.Connection, migrations: Sequence[Sequence[str]] = MIGRATIONS) -> None:
+def migrate(
+    db: sqlite3.Connection,
+    migrations: Sequence[Sequence[str]] = MIGRATIONS,
+    reach: Callable[[str], None] = lambda _failpoint: None,
+) -> None:
     """Bring a database (in autocommit mode) to the newest schema, each step in one transaction.
 
+    `reach` is told of either side of each COMMIT, for drills.
     Raises: StoreError when the file is another program's, or was written by a newer fedge.
     """
     at = check(db, migrations)
     for number, statements in enumerate(migrations[at:], at + 1):
-        _one(db, number, statements)
+        _one(db, number, statements, reach)
 
 
 def check(db: sqlite3.Connection, migrations: Sequence[Sequence[str]] = MIGRATIONS) -> int:
@@ -110,7 +115,9 @@ def check(db: sqlite3.Connection, migrations: Sequence[Sequence[str]] = MIGRATIO
     return at
 
 
-def _one(db: sqlite3.Connection, number: int, statements: Sequence[str]) -> None:
+def _one(
+    db: sqlite3.Connection, number: int, statements: Sequence[str], reach: Callable[[str], None]
+) -> None:
     db.execute("BEGIN IMMEDIATE")
     try:
         for statement in statements:
@@ -120,4 +127,6 @@ def _one(db: sqlite3.Connection, number: int, statements: Sequence[str]) -> None
     except BaseException:
         db.execute("ROLLBACK")
         raise
+    reach("before_commit")
     db.execute("COMMIT")
+    reach("after_commit")

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 from coordinator.schema import check, migrate
 from edge_sdk.errors import StoreError
+from edge_sdk.failpoints import Failpoints
 
 T = TypeVar("T")
 
@@ -49,6 +50,7 @@ class Writer:
         self.transactions = 0
         self._window_s = window_s
         self._most = most
+        self._failpoints = Failpoints.from_environment()
         self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._opened: Future[None] = Future()
         self._lock = _lock(path)
@@ -83,7 +85,7 @@ class Writer:
 
     def _main(self) -> None:
         try:
-            db = _open(self.path)
+            db = _open(self.path, self._failpoints)
         except (sqlite3.Error, StoreError) as error:
             self._opened.set_exception(_store_error(self.path, error))
             return
@@ -113,9 +115,12 @@ class Writer:
         return batch, False
 
     def _commit(self, db: sqlite3.Connection, batch: list[_Job]) -> None:
+        before = db.total_changes
         try:
             db.execute("BEGIN IMMEDIATE")
             outcomes = [_attempt(db, job, self.path) for job in batch]
+            if is_record := db.total_changes != before:
+                self._failpoints.reach("before_commit")
             db.execute("COMMIT")
         except sqlite3.Error as error:
             with contextlib.suppress(sqlite3.Error):  # the disk may refuse this as well
@@ -123,6 +128,8 @@ class Writer:
             for job in batch:
                 _settle(job.done, _store_error(self.path, error))
             return
+        if is_record:
+            self._failpoints.reach("after_commit")
         self.transactions += 1
         for job, outcome in zip(batch, outcomes, strict=True):
             _settle(job.done, outcome)
@@ -154,7 +161,7 @@ def _settle(done: Future[Any], outcome: object) -> None:
         done.set_result(outcome)
 
 
-def _open(path: Path) -> sqlite3.Connection:
+def _open(path: Path, failpoints: Failpoints) -> sqlite3.Connection:
     db = sqlite3.connect(path, isolation_level=None, timeout=5.0)
     try:
         check(db)
@@ -162,7 +169,7 @@ def _open(path: Path) -> sqlite3.Connection:
         db.execute("PRAGMA synchronous = FULL")
         db.execute("PRAGMA foreign_keys = ON")
         db.execute("PRAGMA trusted_schema = OFF")
-        migrate(db)
+        migrate(db, reach=failpoints.reach)
     except BaseException:
         db.close()
         raise

@@ -19,7 +19,10 @@ from edge_sdk.errors import ConfigError
 log = logging.getLogger(__name__)
 
 VARIABLE = "FEDGE_FAILPOINTS"
-POINTS = ("invited", "after_train", "before_last_chunk", "after_send", "on_receipt")
+DEVICE = ("invited", "after_train", "before_last_chunk", "after_send", "on_receipt")
+COORDINATOR = ("before_commit", "after_commit")
+"""Either side of each transaction that changed something."""
+POINTS = (*DEVICE, *COORDINATOR)
 
 
 @dataclass(slots=True)
