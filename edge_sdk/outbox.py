@@ -17,6 +17,7 @@ from pathlib import Path
 
 from edge_sdk import files
 from edge_sdk.errors import StoreError
+from edge_sdk.files import SYSTEM, Disk
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +55,10 @@ class Outbox:
     Raises: StoreError from any method when the disk refuses.
     """
 
-    def __init__(self, folder: Path, cap_bytes: int = DEFAULT_CAP_BYTES) -> None:
-        self._folder, self._cap_bytes = folder, cap_bytes
+    def __init__(
+        self, folder: Path, cap_bytes: int = DEFAULT_CAP_BYTES, disk: Disk = SYSTEM
+    ) -> None:
+        self._folder, self._cap_bytes, self._disk = folder, cap_bytes, disk
         self._waiting: dict[bytes, Waiting] = {}
         self._next = 0
         self._open()
@@ -87,7 +90,7 @@ class Outbox:
             )
         dropped = self._make_room(size)
         path = self._folder / f"{self._next:010d}.update"
-        files.write(path, *parts, mode=0o600)
+        files.write(path, *parts, mode=0o600, disk=self._disk)
         self._next += 1
         self._waiting[entry.update] = Waiting(entry.update, entry.round, path, size)
         return dropped
@@ -97,7 +100,7 @@ class Outbox:
         if (waiting := self._waiting.get(update)) is None:
             return None
         try:
-            return _decode(waiting.path.read_bytes())
+            return _decode(self._disk.read(waiting.path))
         except (OSError, ValueError) as error:
             self._give_up(waiting.path, error)
             del self._waiting[update]
@@ -106,14 +109,15 @@ class Outbox:
     def remove(self, update: bytes) -> None:
         """Take a settled update out; one that is not here is fine."""
         if (waiting := self._waiting.pop(update, None)) is not None:
-            files.remove(waiting.path)
+            files.remove(waiting.path, self._disk)
 
     def _open(self) -> None:
-        files.sweep(self._folder)
-        for path in sorted(self._folder.glob("*.update")):
+        files.sweep(self._folder, disk=self._disk)
+        names = self._disk.names(self._folder)
+        for path in (self._folder / name for name in names if name.endswith(".update")):
             self._next = max(self._next, _number(path) + 1)
             try:
-                data = path.read_bytes()
+                data = self._disk.read(path)
                 entry = _decode(data)
             except (OSError, ValueError) as error:
                 self._give_up(path, error)
@@ -132,7 +136,7 @@ class Outbox:
 
     def _give_up(self, path: Path, error: Exception) -> None:
         log.warning("outbox entry damaged, dropped file=%s reason=%s", path.name, error)
-        files.remove(path)
+        files.remove(path, self._disk)
 
 
 def _encode(entry: Entry) -> tuple[bytes, ...]:

@@ -16,10 +16,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import logging
 import os
-import time
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -29,6 +29,7 @@ from typing import Any, TypeVar
 from edge_sdk import files
 from edge_sdk.bundle import Bundle
 from edge_sdk.errors import BundleError, StoreError
+from edge_sdk.files import SYSTEM, Disk
 from edge_sdk.signing import DeviceKey
 from edge_sdk.types import Spec
 
@@ -36,7 +37,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_SMALL_BYTES = 2**16
-LOCK_TRIES, LOCK_PAUSE_S = 3, 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,19 +89,19 @@ class Store:
     Raises: StoreError when the folder cannot be used, or another process holds it.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder).expanduser()
+    def __init__(self, folder: str | os.PathLike[str], disk: Disk = SYSTEM) -> None:
+        self.folder, self.disk = Path(folder).expanduser(), disk
         self.samples = self.folder / "samples"
         self.outbox = self.folder / "outbox"
         self.train = self.folder / "train"
         self._bundles = self.folder / "bundles"
         self._weights = self.folder / "weights"
         self._make_folders()
-        self._lock = self._take_lock()
+        self._let_go = self._take_lock()
 
     def close(self) -> None:
         """Let another process have the folder."""
-        os.close(self._lock)
+        self._let_go()
 
     def identity(self) -> DeviceKey:
         """Return this device's key, made the first time; a damaged one makes it a new device."""
@@ -119,7 +119,7 @@ class Store:
         path = self.folder / "boot"
         boot = (self._read(path, lambda data: max(0, int(data))) or 0) + 1
         try:
-            files.write(path, str(boot).encode(), mode=0o600)
+            self._write(path, str(boot).encode())
         except StoreError as error:  # a full disk must not keep the model from answering
             log.warning("start not counted reason=%s", error)
         return boot
@@ -130,7 +130,7 @@ class Store:
 
     def trust(self, key: bytes) -> None:
         """Trust this coordinator, and no other, from now on."""
-        files.write(self.folder / "coordinator.key", key.hex().encode() + b"\n", mode=0o600)
+        self._write(self.folder / "coordinator.key", key.hex().encode() + b"\n")
 
     def bundle_path(self, digest: str) -> Path:
         """Return where a bundle is, or would be."""
@@ -147,13 +147,14 @@ class Store:
 
     def any_bundle(self) -> Bundle | None:
         """Return the newest whole bundle here: what to go on with if ``model.json`` is lost."""
-        found = sorted(self._bundles.glob("*.fedge"), key=lambda p: p.stat().st_mtime, reverse=True)
+        here = self._named(self._bundles, ".fedge")
+        found = sorted(here, key=self.disk.modified_s, reverse=True)
         return next(filter(None, (self.bundle(path.stem) for path in found)), None)
 
     def put_bundle(self, bundle: Bundle) -> None:
         """Keep a bundle; writes nothing if it is here."""
         if self.bundle(bundle.digest) is None:
-            files.write(self.bundle_path(bundle.digest), bundle.data, mode=0o600)
+            self._write(self.bundle_path(bundle.digest), bundle.data)
 
     def weights_path(self, digest: str) -> Path:
         """Return where weights are, or would be."""
@@ -173,7 +174,7 @@ class Store:
         """Keep weights; return their sha256 in hex. Writes nothing if they are here."""
         digest = hashlib.sha256(data).hexdigest()
         if self.weights(digest) is None:
-            files.write(self.weights_path(digest), data, mode=0o600)
+            self._write(self.weights_path(digest), data)
         return digest
 
     def model(self) -> ModelName | None:
@@ -191,7 +192,7 @@ class Store:
 
     def set_residual(self, residual: Residual) -> None:
         """Keep what the codec carries to the next update."""
-        files.write(self.folder / "residual.bin", residual.to_bytes(), mode=0o600)
+        self._write(self.folder / "residual.bin", residual.to_bytes())
 
     def write_status(self, status: dict[str, Any]) -> None:
         """Write ``status.json``: what a running device says of itself to whoever looks."""
@@ -200,58 +201,52 @@ class Store:
     def forget_models(self, keep: Iterable[str]) -> None:
         """Delete bundles and weights but those whose hex digest is in `keep`."""
         kept = set(keep)
-        for path in (*self._bundles.glob("*.fedge"), *self._weights.glob("*.bin")):
+        named = self._named(self._bundles, ".fedge"), self._named(self._weights, ".bin")
+        for path in itertools.chain(*named):
             if path.stem not in kept:
-                files.remove(path)
+                files.remove(path, self.disk)
 
     def clear_training(self) -> None:
         """Delete what the training child left."""
-        for path in self.train.iterdir():
-            if path.is_file():
-                files.remove(path)
+        for path in self._named(self.train, ""):
+            files.remove(path, self.disk)
 
     def _make_folders(self) -> None:
         for folder in (self.folder, self.samples, self.outbox, self.train, self._bundles):
             self._make_folder(folder)
         self._make_folder(self._weights)
         for folder in (self.folder, self._bundles, self._weights):
-            files.sweep(folder)
+            files.sweep(folder, disk=self.disk)
 
     def _make_folder(self, folder: Path) -> None:
         try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self.disk.make_folder(folder)
         except FileExistsError:  # a file where the folder should be
             self._set_aside(folder, ValueError("expected a folder"))
-            folder.mkdir(mode=0o700)
+            self.disk.make_folder(folder)
         except OSError as error:
             why = error.strerror or str(error)
             raise StoreError(
                 f"cannot make folder {folder}: {why}; set another state folder"
             ) from error
 
-    def _take_lock(self) -> int:
+    def _take_lock(self) -> Callable[[], None]:
         try:
-            handle = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            return self.disk.lock(self.folder / "lock")
+        except BlockingIOError as error:
+            raise StoreError(
+                f"another process uses {self.folder}; stop it, or set another state folder"
+            ) from error
         except OSError as error:
             raise StoreError(
                 f"cannot write in {self.folder}: {error.strerror}; correct its owner or the disk"
             ) from error
-        try:
-            _lock(handle)
-        except OSError as error:
-            os.close(handle)
-            raise StoreError(
-                f"another process uses {self.folder}; stop it, or set another state folder"
-            ) from error
-        return handle
 
     def _read(
         self, path: Path, parse: Callable[[bytes], T], limit: int | None = MAX_SMALL_BYTES
     ) -> T | None:
         try:
-            with path.open("rb") as file:
-                data = file.read() if limit is None else file.read(limit)
-            return parse(data)
+            return parse(self.disk.read(path, -1 if limit is None else limit))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, BundleError) as error:
@@ -261,11 +256,17 @@ class Store:
     def _set_aside(self, path: Path, error: Exception) -> None:
         log.warning("state damaged, set aside file=%s reason=%s", path.name, error)
         with contextlib.suppress(OSError):  # the next write to this name will say what is wrong
-            path.replace(path.with_name(path.name + ".damaged"))
+            self.disk.rename(path, path.with_name(path.name + ".damaged"))
 
     def _write_json(self, name: str, value: dict[str, Any]) -> None:
         data = json.dumps(value, sort_keys=True, indent=1).encode() + b"\n"
-        files.write(self.folder / name, data, mode=0o600)
+        self._write(self.folder / name, data)
+
+    def _write(self, path: Path, data: bytes) -> None:
+        files.write(path, data, mode=0o600, disk=self.disk)
+
+    def _named(self, folder: Path, suffix: str) -> list[Path]:
+        return [folder / name for name in self.disk.names(folder) if name.endswith(suffix)]
 
 
 def is_in_use(folder: Path) -> bool:
@@ -281,14 +282,6 @@ def is_in_use(folder: Path) -> bool:
     finally:
         os.close(handle)
     return False
-
-
-def _lock(handle: int) -> None:
-    for _ in range(LOCK_TRIES):
-        with contextlib.suppress(BlockingIOError):  # `is_in_use` looks for a moment
-            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        time.sleep(LOCK_PAUSE_S)
-    return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def default_state(task: str) -> Path:
