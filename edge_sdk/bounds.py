@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import re
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple, TypeAlias
 
@@ -18,6 +19,10 @@ MAX_MISSING = 512
 MAX_PATCHES = 32
 """How many versions back an offer may have patches for."""
 MAX_SECONDS = 31 * 86_400.0
+MAX_TAGS, MAX_TAG_BYTES = 16, 1024
+TAG_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}")
+Tag: TypeAlias = bool | int | float | str
+"""What a tag of a device may be."""
 
 
 def _as_is(value: object) -> object:
@@ -96,6 +101,26 @@ def _are_slices(value: object) -> bool:
     return isinstance(value, list) and len(value) <= MAX_MISSING and all(map(index.holds, value))
 
 
+def is_tag(value: object) -> bool:
+    """Say whether a tag of a device may have this value."""
+    if isinstance(value, str):
+        return len(value) <= 64 and value.isprintable()
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and -(2**53) <= value <= 2**53
+
+
+def are_tags(value: object) -> bool:
+    """Say whether these may be the tags of a device: few, short, and small together."""
+    return (
+        isinstance(value, dict)
+        and len(value) <= MAX_TAGS
+        and all(isinstance(k, str) and TAG_NAME.fullmatch(k) for k in value)
+        and all(map(is_tag, value.values()))
+        and sum(len(f"{k}{v}".encode()) for k, v in value.items()) <= MAX_TAG_BYTES
+    )
+
+
 def _is_spec(value: object) -> bool:
     return isinstance(value, list) and 0 < len(value) <= 16 and _is_plain(value, 5)
 
@@ -148,3 +173,9 @@ MaybeSizes: TypeAlias = Annotated[
     _maybe(Bound(f"up to {MAX_PATCHES} sizes in bytes", _are_sizes)),
 ]
 MaybeHash16: TypeAlias = Annotated[bytes | None, _maybe(_hash(16))]
+MaybeTags: TypeAlias = Annotated[
+    dict[str, Tag] | None,
+    _maybe(
+        Bound(f"up to {MAX_TAGS} tags: short names with text, numbers, true or false", are_tags)
+    ),
+]
