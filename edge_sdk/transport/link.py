@@ -99,6 +99,8 @@ class Link:
             )
         except (OSError, ValueError) as error:
             raise _explained(error, self.endpoint) from error
+        if (sock := self.socket) is not None:  # else an answer waits for the peer's delayed ACK
+            sock.setsockopt(net.IPPROTO_TCP, net.TCP_NODELAY, 1)
 
     @property
     def socket(self) -> net.socket | None:
