@@ -21,7 +21,7 @@ from typing import Any
 from edge_sdk import events as ev
 from edge_sdk import footprint, messages, topics
 from edge_sdk.conditions import Condition, Surroundings, always
-from edge_sdk.errand import Errand, budget
+from edge_sdk.errand import Errand, Errands, budget
 from edge_sdk.errors import FedgeError, MessageError, RefusedError, StoreError
 from edge_sdk.failpoints import Failpoints
 from edge_sdk.fetching import Fetching
@@ -30,7 +30,7 @@ from edge_sdk.messages import Invite, Missing, Offer, Part, Receipt
 from edge_sdk.model import Model
 from edge_sdk.outbox import Outbox
 from edge_sdk.session import Session, Unreceipted, next_due, step
-from edge_sdk.signing import DeviceKey
+from edge_sdk.signing import Identity
 from edge_sdk.store import Store
 from edge_sdk.training import LocalTraining, TrainJob, TrainResult
 from edge_sdk.transport import Transport
@@ -86,7 +86,7 @@ class Agent:
         self,
         settings: Settings,
         *,
-        key: DeviceKey,
+        key: Identity,
         store: Store,
         local: Local,
         outbox: Outbox,
@@ -95,6 +95,7 @@ class Agent:
         clock: Clock,
         failpoints: Failpoints,
         on_updated: Callable[[Model], None],
+        errands: Errands = Errand,
     ) -> None:
         self.tally = Tally()
         self._settings, self._key, self._store, self._local = settings, key, store, local
@@ -115,7 +116,7 @@ class Agent:
         self._queued_bytes, self._queue_lock = 0, threading.Lock()
         self._invites: dict[int, Invite] = {}
         self._fetching = Fetching(settings.task, store, local, transport)
-        self._errand = Errand(trainer, store.train, self._on_trained)
+        self._errand = errands(trainer, store.train, self._on_trained)
         self._offer: Offer | None = None
         self._trained: dict[int, TrainResult] = {}
         self._in_training: set[str] = set()  # digests of what the child reads
@@ -213,7 +214,7 @@ class Agent:
 
     # --- the thread ---------------------------------------------------------------------------
     def _run(self) -> None:
-        while self.turn(self._wait_s()):
+        while self.turn(self.wait_s()):
             pass
 
     def turn(self, timeout_s: float) -> bool:
@@ -228,7 +229,10 @@ class Agent:
         self._step_all(self._due())
         return True
 
-    def _wait_s(self) -> float:
+    def wait_s(self) -> float:
+        """Return how long to wait before the next turn, unless something comes."""
+        if not self._queue.empty():
+            return 0.0
         now = self._clock.monotonic()
         due = [self._conditions_at + CONDITIONS_POLL_S, self._status_at + STATUS_EVERY_S]
         if (at := next_due(self._session)) is not None:
@@ -275,7 +279,7 @@ class Agent:
     def _received(self, topic: str, payload: bytes, arrived_at: float) -> list[ev.Event]:
         with self._queue_lock:
             self._queued_bytes -= len(payload)
-        message, signed = messages.decode(payload, topic)
+        message, signed = messages.decode(payload, topic, scheme=self._key.verify)
         self._trust.check(message, signed)
         match message:
             case Offer():
@@ -470,7 +474,7 @@ class Agent:
             log.warning("status not written reason=%s", error)
 
 
-def hello(key: DeviceKey, settings: Settings, *, online: bool) -> bytes:
+def hello(key: Identity, settings: Settings, *, online: bool) -> bytes:
     """Return a device's signed status message."""
     status = messages.Status(
         device=key.id,

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol, TypeAlias
 
 from edge_sdk.errors import FedgeError
 from edge_sdk.messages import Invite
@@ -16,6 +17,26 @@ SHARE_OF_DEADLINE = 0.8  # training ends by then, so that its update can still b
 DEFAULT_BATCH = 32
 
 Ended = Callable[[int, TrainResult | str], None]
+
+
+class Running(Protocol):
+    """Carries out trainings, one at a time."""
+
+    def begin(self, round_: int, job: TrainJob) -> None:
+        """Start training."""
+        ...
+
+    def cancel(self) -> None:
+        """Ask the training under way to end."""
+        ...
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for it to end."""
+        ...
+
+
+Errands: TypeAlias = Callable[[LocalTraining, Path, Ended], Running]
+"""Makes a `Running`: `Errand`, but in simulations."""
 
 
 class Errand:

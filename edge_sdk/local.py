@@ -38,6 +38,24 @@ class NoModelError(EngineError):
     """There is no model on this device yet: give one, or wait for the coordinator's first offer."""
 
 
+class Runtime:
+    """What runs models and keeps examples, as a port: a simulation has its own."""
+
+    def check(self, bundle: Bundle, limits: Limits) -> None:
+        """Pass a bundle that may run here. Raises: RefusedError, one line."""
+        bundle.check(limits)
+
+    def open(
+        self, bundle: Bundle, weights: bytes, version: int, *, engine: str, threads: int
+    ) -> Model:
+        """Load and try a model. Raises: BundleError or EngineError."""
+        return open_model(bundle, weights, version, engine=engine, threads=threads)
+
+    def ring(self, path: Path, capacity: int, layout: dict[str, Any]) -> Samples:
+        """Open or make the ring of examples. Raises: StoreError, ValueError or OSError."""
+        return Samples(path, **layout, capacity=capacity)
+
+
 class Local:
     """The model in use and its examples.
 
@@ -58,7 +76,9 @@ class Local:
         limits: Limits | None = None,
         quantile: float | None = None,
         model_file: ModelFile | None = None,
+        runtime: Runtime | None = None,
     ) -> None:
+        self._runtime = runtime or Runtime()
         self._file = model_file
         self._quantile = quantile
         self._threshold: tuple[tuple[str, int], float] | None = None
@@ -210,7 +230,7 @@ class Local:
 
     def _judged(self, bundle: Bundle) -> str:
         try:
-            bundle.check(self._limits)
+            self._runtime.check(bundle, self._limits)
         except RefusedError as error:
             log.warning("bundle refused digest=%s reason=%s", bundle.digest[:12], error)
             return str(error)
@@ -266,7 +286,8 @@ class Local:
     def _use(self, bundle: Bundle, weights: bytes, version: int) -> Model:
         self.check(bundle)
         layout = _layout(bundle.manifest)
-        model = open_model(bundle, weights, version, engine=self._engine, threads=self._threads)
+        engine, threads = self._engine, self._threads
+        model = self._runtime.open(bundle, weights, version, engine=engine, threads=threads)
         self._open_samples(layout)
         if self._file is not None:
             self._file.put(bundle, weights)
@@ -288,11 +309,11 @@ class Local:
 
     def _opened(self, path: Path, layout: dict[str, Any]) -> Samples:
         try:
-            return Samples(path, **layout, capacity=self._capacity)
+            return self._runtime.ring(path, self._capacity, layout)
         except (StoreError, ValueError, OSError) as error:
             log.warning("examples damaged, set aside file=%s reason=%s", path.name, error)
-            path.replace(path.with_name(path.name + ".damaged"))
-            return Samples(path, **layout, capacity=self._capacity)
+            self._store.disk.rename(path, path.with_name(path.name + ".damaged"))
+            return self._runtime.ring(path, self._capacity, layout)
 
 
 def _layout(manifest: dict[str, Any]) -> dict[str, Any]:

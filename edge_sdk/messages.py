@@ -44,7 +44,7 @@ from edge_sdk.bounds import (
     Word63,
 )
 from edge_sdk.errors import MessageError
-from edge_sdk.signing import Signer
+from edge_sdk.signing import Signer, Verify
 
 VERSION = 1
 MAX_FRAME = 120_000
@@ -206,6 +206,7 @@ class Signed(NamedTuple):
 
     frame: bytes
     topic: str
+    scheme: Verify = signing.verify
 
     @property
     def id(self) -> bytes:
@@ -214,7 +215,7 @@ class Signed(NamedTuple):
 
     def by(self, key: bytes) -> bool:
         """Say whether the holder of `key` signed this frame for this topic."""
-        return verify(self.frame, self.topic, key)
+        return verify(self.frame, self.topic, key, self.scheme)
 
 
 def encode(message: Message, signer: Signer, topic: str) -> bytes:
@@ -242,22 +243,25 @@ def encode(message: Message, signer: Signer, topic: str) -> bytes:
     return unsigned + signer.sign(_to_sign(topic, unsigned))
 
 
-def decode(frame: bytes, topic: str, limit: int = MAX_FRAME) -> tuple[Message, Signed]:
+def decode(
+    frame: bytes, topic: str, limit: int = MAX_FRAME, *, scheme: Verify = signing.verify
+) -> tuple[Message, Signed]:
     """Read a frame that came on `topic`: all bounds checked, the signature not yet.
 
-    `limit` is raised only for a frame that was put together from chunks.
+    `limit` is raised only for a frame that was put together from chunks. `scheme` is what
+    `Signed.by` will check the signature with.
     Raises: MessageError, one line.
     """
     _check_size(len(frame), limit, "frame")
     message = _build(*_cut(frame))
     _check_address(message, topics.parse(topic))
-    return message, Signed(frame, topic)
+    return message, Signed(frame, topic, scheme)
 
 
-def verify(frame: bytes, topic: str, key: bytes) -> bool:
+def verify(frame: bytes, topic: str, key: bytes, scheme: Verify = signing.verify) -> bool:
     """Say whether the holder of `key` signed `frame` for `topic`."""
     cut = len(frame) - signing.SIGNATURE_BYTES
-    return cut > 0 and signing.verify(key, _to_sign(topic, frame[:cut]), frame[cut:])
+    return cut > 0 and scheme(key, _to_sign(topic, frame[:cut]), frame[cut:])
 
 
 def slice_of(index: int, count: int, size: int) -> slice:

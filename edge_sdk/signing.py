@@ -11,8 +11,9 @@ import contextlib
 import hashlib
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
@@ -22,6 +23,10 @@ from edge_sdk.errors import StoreError
 
 PUBLIC_BYTES = 32
 SIGNATURE_BYTES = 64
+
+
+Verify: TypeAlias = Callable[[bytes, bytes, bytes], bool]
+"""Says whether, by a public key, a message has this signature: `verify`, but in simulations."""
 
 
 class Signer(Protocol):
@@ -34,6 +39,19 @@ class Signer(Protocol):
 
     def sign(self, message: bytes) -> bytes:
         """Return the Ed25519 signature of `message`, 64 bytes."""
+        ...
+
+
+class Identity(Signer, Protocol):
+    """A signer with an id, that also tells others' signatures from forgeries."""
+
+    @property
+    def id(self) -> str:
+        """`device_id(public)`."""
+        ...
+
+    def verify(self, key: bytes, message: bytes, signature: bytes) -> bool:
+        """Say whether `signature` over `message` was made with the private half of `key`."""
         ...
 
 
@@ -73,6 +91,10 @@ class DeviceKey:
     def sign(self, message: bytes) -> bytes:
         """Return the Ed25519 signature of `message`, 64 bytes."""
         return self._private.sign(message)
+
+    def verify(self, key: bytes, message: bytes, signature: bytes) -> bool:
+        """Say whether `signature` over `message` was made with the private half of `key`."""
+        return verify(key, message, signature)
 
     def __repr__(self) -> str:
         return f"<DeviceKey {self.id}>"

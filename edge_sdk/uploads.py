@@ -22,7 +22,7 @@ from edge_sdk.failpoints import Failpoints
 from edge_sdk.messages import Chunk, Invite, Missing, Update
 from edge_sdk.outbox import Entry, Outbox
 from edge_sdk.params import unflatten
-from edge_sdk.signing import DeviceKey
+from edge_sdk.signing import Identity
 from edge_sdk.store import Residual, Store
 from edge_sdk.training import TrainResult
 from edge_sdk.types import Params, Spec
@@ -39,7 +39,7 @@ class Uploads:
         self,
         *,
         task: str,
-        key: DeviceKey,
+        key: Identity,
         store: Store,
         outbox: Outbox,
         publish: Publish,
@@ -60,7 +60,7 @@ class Uploads:
         chain = codec.from_spec(invite.codec)
         known = self._newest()
         state = self._state(chain, known, invite.codec, bundle)
-        blob, pending = chain.encode(_delta(trained.delta, bundle), state)
+        blob, pending = chain.encode(self._delta(trained.delta, bundle), state)
         frame = messages.encode(
             Update(
                 round=invite.round,
@@ -170,10 +170,11 @@ class Uploads:
     def _topic(self, kind: str) -> str:
         return topics.up(self._task, self._key.id, kind)
 
-
-def _delta(path: Path, bundle: Bundle) -> Params:
-    try:
-        flat = np.fromfile(path, "<f4").astype(np.float32)
-        return unflatten(flat, bundle.shapes)
-    except (OSError, ValueError) as error:
-        raise CodecError(f"expected a delta of this bundle from training, got: {error}") from error
+    def _delta(self, path: Path, bundle: Bundle) -> Params:
+        try:
+            flat = np.frombuffer(self._store.disk.read(path), "<f4").astype(np.float32)
+            return unflatten(flat, bundle.shapes)
+        except (OSError, ValueError) as error:
+            raise CodecError(
+                f"expected a delta of this bundle from training, got: {error}"
+            ) from error
