@@ -22,6 +22,7 @@ from edge_sdk.bounds import MAX_MISSING
 from edge_sdk.chunks import Assembler
 from edge_sdk.errors import MessageError, StoreError
 from edge_sdk.messages import (
+    MAX_FRAME,
     MAX_TRANSFER,
     CheckIn,
     Chunk,
@@ -33,6 +34,7 @@ from edge_sdk.messages import (
     Update,
     decode,
 )
+from edge_sdk.signing import Verify, verify
 from edge_sdk.topics import Address
 
 log = logging.getLogger(__name__)
@@ -52,6 +54,7 @@ class Intake:
         publisher: Publisher,
         act: Callable[[Desk, tuple[Action, ...]], None],
         now_s: Callable[[], float],
+        scheme: Verify = verify,
     ) -> None:
         self.fleet = Fleet()
         self.desks: dict[str, Desk] = {}
@@ -61,6 +64,7 @@ class Intake:
         self._publisher = publisher
         self._act = act
         self._now_s = now_s
+        self._scheme = scheme
         self._assembler = Assembler()
         self._parked: dict[str, tuple[str, bytes]] = {}
         self._complaints: set[tuple[str, str]] = set()
@@ -104,9 +108,9 @@ class Intake:
         return None
 
     def _verified(
-        self, topic: str, frame: bytes, key: bytes, limit: int | None = None
+        self, topic: str, frame: bytes, key: bytes, limit: int = MAX_FRAME
     ) -> tuple[Message, Signed] | None:
-        message, signed = decode(frame, topic) if limit is None else decode(frame, topic, limit)
+        message, signed = decode(frame, topic, limit, scheme=self._scheme)
         if signed.by(key):
             return message, signed
         device = topics.parse(topic).device
@@ -114,7 +118,7 @@ class Intake:
         return None
 
     def _status(self, topic: str, payload: bytes) -> Later | None:
-        message, signed = decode(payload, topic)
+        message, signed = decode(payload, topic, scheme=self._scheme)
         status = cast("Status", message)
         if not signed.by(status.key):
             raise MessageError("the status is not signed with the key that it shows")

@@ -46,16 +46,21 @@ def replay(folder: str | Path, task: Task) -> Iterator[Replayed]:
 
     Raises: StoreError when there is no store, or the task began with another bundle.
     """
-    bundle = task.load()
     with ledger.reading(folder) as db:
-        _check_bundle(db, task, bundle)
-        before: Version | None = None
-        for row in db.execute(_VERSIONS, (task.name,)).fetchall():
-            stored = Version(*row)
-            made, count = _made(db, task, bundle, before, stored)
-            found = None if made is None else made.digest.hex()
-            yield Replayed(task.name, stored.number, stored.digest.hex(), found, count)
-            before = made or (stored if stored.params else None)
+        yield from journal(db, task)
+
+
+def journal(db: sqlite3.Connection, task: Task) -> Iterator[Replayed]:
+    """Do what `replay` does, of an open database. Raises: StoreError."""
+    bundle = task.load()
+    _check_bundle(db, task, bundle)
+    before: Version | None = None
+    for row in db.execute(_VERSIONS, (task.name,)).fetchall():
+        stored = Version(*row)
+        made, count = _made(db, task, bundle, before, stored)
+        found = None if made is None else made.digest.hex()
+        yield Replayed(task.name, stored.number, stored.digest.hex(), found, count)
+        before = made or (stored if stored.params else None)
 
 
 def _made(

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -37,7 +37,7 @@ from coordinator.writer import ContradictionError
 from edge_sdk import params as tensors
 from edge_sdk import topics
 from edge_sdk.errors import ConfigError, FedgeError, StoreError
-from edge_sdk.signing import DeviceKey
+from edge_sdk.signing import DeviceKey, Identity
 from edge_sdk.types import Params
 
 if TYPE_CHECKING:
@@ -57,12 +57,14 @@ class Coordinator:
 
     Args:
         url: mqtt://[user[:password]@]host[:1883] or mqtts://host[:8883].
-        store: the folder of the database and of the coordinator's key.
+        store: the folder of the database and of the coordinator's key; or an open `Store`, which
+            is closed with us, for simulation.
         ca_file: whom to trust for mqtts, in place of the system's authorities.
         username, password: credentials at the broker.
         client_id: the name of the session at the broker.
         clock: time, for tests.
         link: a connection in place of `url`, for tests and simulation.
+        signer: who signs, in place of the key in the store's folder.
 
     Raises: StoreError when the store cannot be used, TransportError when the broker cannot be
         reached at the start.
@@ -72,15 +74,18 @@ class Coordinator:
         self,
         url: str = "",
         *,
-        store: str | Path,
+        store: str | Path | Store,
         ca_file: str | Path | None = None,
         username: str | None = None,
         password: str | None = None,
         client_id: str = "fedge-coordinator",
         clock: Clock | None = None,
         link: Link | None = None,
+        signer: Identity | None = None,
     ) -> None:
-        self._folder = Path(store)
+        if isinstance(store, Store) and signer is None:
+            raise ConfigError("expected a signer beside an open store, got none")
+        self._given_store, self._given_signer = store, signer
         self._clock = clock or SystemClock()
         self._given_link = link
         self._connect = {
@@ -97,12 +102,12 @@ class Coordinator:
 
     async def __aenter__(self) -> Self:
         async with contextlib.AsyncExitStack() as stack:
-            self._store = await asyncio.to_thread(Store, self._folder / DATABASE)
-            stack.push_async_callback(asyncio.to_thread, self._store.close)
-            signer = DeviceKey.load_or_create(self._folder / KEY)
+            self._store, signer = await self._open_store(stack)
             link = await self._open_link(stack)
             self._publisher = Publisher(link, signer)
-            self._intake = Intake(self._store, self._publisher, self._act, self._clock.monotonic)
+            self._intake = Intake(
+                self._store, self._publisher, self._act, self._clock.monotonic, signer.verify
+            )
             for known in await self._store.devices():
                 self.fleet.remember(known)
             reader = asyncio.create_task(self._read(link), name="fedge-intake")
@@ -171,6 +176,15 @@ class Coordinator:
     @property
     def _running(self) -> set[str]:
         return self._intake.running
+
+    async def _open_store(self, stack: contextlib.AsyncExitStack) -> tuple[Store, Identity]:
+        given, signer = self._given_store, self._given_signer
+        if isinstance(given, Store):
+            stack.callback(given.close)
+            return given, cast("Identity", signer)
+        store = await asyncio.to_thread(Store, Path(given) / DATABASE)
+        stack.push_async_callback(asyncio.to_thread, store.close)
+        return store, signer or DeviceKey.load_or_create(Path(given) / KEY)
 
     async def _open_link(self, stack: contextlib.AsyncExitStack) -> Link:
         if self._given_link is not None:

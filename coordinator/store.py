@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 from coordinator.fleet import Known
-from coordinator.writer import ContradictionError, Writer
+from coordinator.writer import ContradictionError, Writer, Writing
 from edge_sdk.bounds import MAX_PATCHES
 from edge_sdk.errors import ConfigError, StoreError
 
@@ -103,17 +103,24 @@ class Resumed:
 class Store:
     """The coordinator's state in one SQLite file. Every method awaits the disk."""
 
-    def __init__(self, path: str | Path, *, window_s: float = 0.01, keep: int = 100) -> None:
+    def __init__(
+        self, path: str | Path | Writing, *, window_s: float = 0.01, keep: int = 100
+    ) -> None:
         """Open or create the file at `path`.
 
         Args:
-            path: the database; a lock file and SQLite's log stand beside it.
+            path: the database, a lock file and SQLite's log stand beside it; or what writes, for
+                simulation.
             window_s: how long an update may wait for others to share its fsync.
             keep: versions and folded update bodies kept per task; older bodies are dropped.
 
         Raises: StoreError when the file cannot be used, is newer, or another coordinator's.
         """
-        self._writer = Writer(Path(path), window_s=window_s)
+        self._writer: Writing
+        if isinstance(path, str | Path):
+            self._writer = Writer(Path(path), window_s=window_s)
+        else:
+            self._writer = path
         self._keep = keep
 
     @property

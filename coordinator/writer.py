@@ -15,11 +15,11 @@ import queue
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, Protocol, TypeVar, cast
 
 from coordinator.schema import check, migrate
 from edge_sdk.errors import StoreError
@@ -33,6 +33,26 @@ class ContradictionError(StoreError):
 
 
 Work = Callable[[sqlite3.Connection], T]
+
+
+class Writing(Protocol):
+    """The port through which a store writes: `Writer`, but in simulations."""
+
+    @property
+    def transactions(self) -> int:
+        """Transactions committed since it was opened."""
+        ...
+
+    async def run(self, work: Work[T], *, urgent: bool = False) -> T:
+        """Run `work` inside a transaction; return its result once that is on disk.
+
+        Raises: StoreError when the disk refuses, and whatever `work` raised; nothing is kept then.
+        """
+        ...
+
+    def close(self) -> None:
+        """Finish what was asked for, and let go."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,31 +135,50 @@ class Writer:
         return batch, False
 
     def _commit(self, db: sqlite3.Connection, batch: list[_Job]) -> None:
-        before = db.total_changes
+        works = [job.work for job in batch]
         try:
-            db.execute("BEGIN IMMEDIATE")
-            outcomes = [_attempt(db, job, self.path) for job in batch]
-            if is_record := db.total_changes != before:
-                self._failpoints.reach("before_commit")
-            db.execute("COMMIT")
-        except sqlite3.Error as error:
-            with contextlib.suppress(sqlite3.Error):  # the disk may refuse this as well
-                db.execute("ROLLBACK")
+            outcomes = transact(db, works, self.path, self._failpoints.reach)
+        except StoreError as error:
             for job in batch:
-                _settle(job.done, _store_error(self.path, error))
+                _settle(job.done, error)
             return
-        if is_record:
-            self._failpoints.reach("after_commit")
         self.transactions += 1
         for job, outcome in zip(batch, outcomes, strict=True):
             _settle(job.done, outcome)
 
 
-def _attempt(db: sqlite3.Connection, job: _Job, path: Path) -> object:
+def transact(
+    db: sqlite3.Connection,
+    works: Sequence[Work[Any]],
+    path: Path,
+    reach: Callable[[str], None] = lambda _failpoint: None,
+) -> list[object]:
+    """Do some work in one transaction; return what came of each piece, a result or its exception.
+
+    `reach` is told of either side of a COMMIT that keeps something, for drills.
+    Raises: StoreError when nothing is kept.
+    """
+    before = db.total_changes
+    try:
+        db.execute("BEGIN IMMEDIATE")
+        outcomes = [_attempt(db, work, path) for work in works]
+        if is_record := db.total_changes != before:
+            reach("before_commit")
+        db.execute("COMMIT")
+    except sqlite3.Error as error:
+        with contextlib.suppress(sqlite3.Error):  # the disk may refuse this as well
+            db.execute("ROLLBACK")
+        raise _store_error(path, error) from error
+    if is_record:
+        reach("after_commit")
+    return outcomes
+
+
+def _attempt(db: sqlite3.Connection, work: Work[Any], path: Path) -> object:
     """Run one piece of work in its savepoint: its failure undoes itself alone."""
     db.execute("SAVEPOINT job")
     try:
-        result = job.work(db)
+        result = work(db)
     except sqlite3.Error as error:
         outcome: object = _store_error(path, error)
     except Exception as error:  # noqa: BLE001  # handed to whoever awaits the work
