@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the coordinator does with the mean delta of a round: sgd, momentum, adagrad, adam, yogi.
+"""What the coordinator does with the mean delta of a round: sgd, momentum, adam, dynamic, ..
 
 After Reddi et al., "Adaptive federated optimization" (2021), algorithm 2; `sgd(1.0)` is FedAvg
 (McMahan et al. 2017), `momentum` is FedAvgM (Hsu et al. 2019). There the round's pseudo-gradient is
@@ -13,7 +13,7 @@ import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -31,12 +31,20 @@ class Slots:
     vectors: tuple[Array, ...] = ()
 
 
+class Step(Protocol):
+    """What makes the next version of the mean of `updates` deltas; leaves its inputs alone."""
+
+    def __call__(
+        self, params: Array, mean_delta: Array, state: Slots, updates: int = 1
+    ) -> tuple[Array, Slots]: ...
+
+
 class ServerOptimizer(NamedTuple):
-    """A server optimizer as a value; `step(params, mean_delta, state)` leaves its inputs alone."""
+    """A server optimizer as a value."""
 
     spec: Spec
     init: Callable[[int], Slots]
-    step: Callable[[Array, Array, Slots], tuple[Array, Slots]]
+    step: Step
     dump: Callable[[Slots], bytes]
     load: Callable[[bytes, int], Slots]
 
@@ -48,7 +56,7 @@ def sgd(lr: float = 1.0) -> ServerOptimizer:
     def step(params: Array, mean_delta: Array, state: Slots) -> tuple[Array, Slots]:
         return params + np.float32(lr) * mean_delta, state
 
-    return _optimizer("sgd", {"lr": lr}, (), step)
+    return _optimizer("sgd", {"lr": lr}, (), _plain(step))
 
 
 def momentum(lr: float = 1.0, *, decay: float = 0.9) -> ServerOptimizer:
@@ -61,7 +69,7 @@ def momentum(lr: float = 1.0, *, decay: float = 0.9) -> ServerOptimizer:
         m = np.float32(decay) * m + mean_delta
         return params + np.float32(lr) * m, Slots((m,))
 
-    return _optimizer("momentum", {"lr": lr, "decay": decay}, (0.0,), step)
+    return _optimizer("momentum", {"lr": lr, "decay": decay}, (0.0,), _plain(step))
 
 
 def adam(
@@ -92,12 +100,33 @@ def adagrad(lr: float = 0.02, *, b1: float = 0.0, tau: float = 1e-3) -> ServerOp
     return _adaptive("adagrad", np.add, {"lr": lr, "b1": b1, "tau": tau})
 
 
+def dynamic(devices: int = 100) -> ServerOptimizer:
+    """Add the mean delta and the mean over all `devices` of what each ever added: x + d + s.
+
+    The server of FedDyn (Acar et al. 2021, "Federated learning based on dynamic regularization",
+    algorithm 1), which has h = h - alpha * (sum of d) / m and x = mean of models - h / alpha; s here
+    is -h / alpha.
+    """
+    if devices < 1:
+        raise ConfigError(f"dynamic: expected at least 1 device, got {devices}")
+
+    def step(
+        params: Array, mean_delta: Array, state: Slots, updates: int = 1
+    ) -> tuple[Array, Slots]:
+        (s,) = state.vectors
+        s = s + np.float32(updates / devices) * mean_delta
+        return params + mean_delta + s, Slots((s,))
+
+    return _optimizer("dynamic", {"devices": devices}, (0.0,), step)
+
+
 KNOWN: dict[str, tuple[str, ...]] = {
     "sgd": ("lr",),
     "momentum": ("lr", "decay"),
     "adagrad": ("lr", "b1", "tau"),
     "adam": ("lr", "b1", "b2", "tau"),
     "yogi": ("lr", "b1", "b2", "tau"),
+    "dynamic": ("devices",),
 }
 FACTORIES: dict[str, Callable[..., ServerOptimizer]] = {
     "sgd": sgd,
@@ -105,6 +134,7 @@ FACTORIES: dict[str, Callable[..., ServerOptimizer]] = {
     "adagrad": adagrad,
     "adam": adam,
     "yogi": yogi,
+    "dynamic": dynamic,
 }
 
 
@@ -138,11 +168,23 @@ def settings_of(
     return name, {key: float(value) for key, value in settings.items()}
 
 
+def _plain(step: Callable[[Array, Array, Slots], tuple[Array, Slots]]) -> Step:
+    """Make a step of one that does not ask how many devices the mean is of."""
+
+    def of_any(
+        params: Array, mean_delta: Array, state: Slots, updates: int = 1
+    ) -> tuple[Array, Slots]:
+        del updates
+        return step(params, mean_delta, state)
+
+    return of_any
+
+
 def _optimizer(
     name: str,
     settings: dict[str, float],
     starts: tuple[float, ...],
-    step: Callable[[Array, Array, Slots], tuple[Array, Slots]],
+    step: Step,
 ) -> ServerOptimizer:
     def init(count: int) -> Slots:
         return Slots(tuple(np.full(count, start, np.float32) for start in starts))
@@ -171,7 +213,7 @@ def _adaptive(
         change: Array = np.float32(lr) * m / (root + np.float32(tau))
         return params + change, Slots((m, v))
 
-    return _optimizer(name, settings, (0.0, tau * tau), step)
+    return _optimizer(name, settings, (0.0, tau * tau), _plain(step))
 
 
 def _dump(state: Slots) -> bytes:

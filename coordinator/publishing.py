@@ -89,6 +89,7 @@ class Publisher:
             lr=task.lr,
             mu=task.pull,
             seed=seed_of(device, r.seed),
+            correction=task.strategy.correction,
         )
         await self._send(topics.down(task.name, device, "invite"), invite)
 

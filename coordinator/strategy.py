@@ -32,6 +32,8 @@ class Strategy(NamedTuple):
     spec: Spec
     mu: float | None = None
     """How strongly devices are pulled towards the model that they began with."""
+    correction: str | None = None
+    """What devices add to their gradients, by its name in `edge_sdk.correction`; it needs `mu`."""
 
 
 def polynomial(exponent: float = 0.5) -> Discount:
@@ -129,6 +131,30 @@ def fedbuff(lr: float = 1.0, *, staleness: float = 0.5, clip: float | None = Non
     return _strategy("fedbuff", optimizers.sgd(lr), staleness, clip, fold=aggregators.plain_mean())
 
 
+def feddyn(
+    alpha: float = 0.1, *, devices: int = 100, staleness: float = 0.0, clip: float | None = None
+) -> Strategy:
+    """Let each device pull the less the way it has pulled before (Acar et al. 2021, algorithm 1).
+
+    The devices' gradients gain alpha * (w - w0 + what they added so far), the model gains the mean
+    delta and the mean of what all `devices` of the task added so far. At rest the devices' losses
+    have no slope together, however their examples differ: that does not depend on `devices`, which
+    sets how far a round goes. The bundle must be built with `proximal=True`. A discount or a clip
+    makes the coordinator count less than a device does: without them the two agree.
+    """
+    if not 0 < alpha < float("inf"):
+        raise ConfigError(f"feddyn: expected alpha above 0, got {alpha}")
+    made = _strategy(
+        "feddyn",
+        optimizers.dynamic(devices),
+        staleness,
+        clip,
+        fold=aggregators.plain_mean(),
+        settings={"alpha": alpha},
+    )
+    return made._replace(mu=alpha, correction="feddyn")
+
+
 def qfedavg(
     q: float = 0.2, *, local_lr: float = 0.1, staleness: float = 0.5, clip: float | None = None
 ) -> Strategy:
@@ -222,6 +248,7 @@ FACTORIES: dict[str, Callable[..., Strategy]] = {
         fedprox,
         fednova,
         fedbuff,
+        feddyn,
         qfedavg,
         median,
         trimmed_mean,
@@ -230,7 +257,7 @@ FACTORIES: dict[str, Callable[..., Strategy]] = {
         geometric_median,
     )
 }
-WHOLE = frozenset({"buckets", "attackers", "keep"})
+WHOLE = frozenset({"buckets", "attackers", "keep", "devices"})
 """Settings that are whole numbers."""
 
 

@@ -78,6 +78,8 @@ class Task:
                 f"integer sum's room), got {self.max_norm:g} * {self.max_examples}"
             )
         self._check_support()
+        if self.mu is not None and self.strategy.correction:
+            raise ConfigError(f"task {self.name}: {self.strategy.name} sets mu; leave it out")
         if self.epochs is None and self.steps is None and self.seconds is None:
             raise ConfigError(f"task {self.name}: expected epochs, steps or seconds, got none")
         if self.late not in ("fold", "refuse"):
@@ -127,7 +129,10 @@ class Task:
                 reason = error.strerror or str(error)
                 raise ConfigError(f"task {self.name}: bundle {self.bundle}: {reason}") from error
         if self.pull and not bundle.manifest["proximal"]:
-            raise ConfigError(f"task {self.name}: mu needs a bundle built with proximal=True")
+            raise ConfigError(
+                f"task {self.name}: {'mu' if self.mu else self.strategy.name} needs a bundle built "
+                "with proximal=True; rebuild it with fedge build --proximal"
+            )
         return bundle
 
 

@@ -382,7 +382,13 @@ class Agent:
 
     def _train(self, round_: int) -> list[ev.Event]:
         model, invite, current = self._local.model, self._invites.get(round_), self._session.round
-        if model is None or invite is None or current is None:
+        bundle = self._local.bundle
+        if model is None or invite is None or current is None or bundle is None:
+            return [ev.TrainFailed(round_)]
+        try:
+            anchor = self._uploads.anchor(invite, model.weights, bundle)
+        except StoreError as error:
+            log.warning("training not begun round=%d reason=%s", round_, error)
             return [ev.TrainFailed(round_)]
         job = TrainJob(
             bundle=self._store.bundle_path(model.bundle),
@@ -392,6 +398,7 @@ class Agent:
             seed=invite.seed,
             threads=self._settings.threads,
             engine=self._settings.engine,
+            anchor=anchor,
         )
         log.info("training round=%d version=%d", round_, model.version)
         self._in_training = {model.bundle, model.weights}

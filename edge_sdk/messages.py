@@ -25,6 +25,7 @@ from edge_sdk.bounds import (
     Hash16,
     Hash32,
     Label,
+    MaybeCorrection,
     MaybeHash16,
     MaybeNatural,
     MaybeReal,
@@ -118,6 +119,8 @@ class Invite:
     lr: MaybeReal
     mu: MaybeReal
     seed: Word63
+    correction: MaybeCorrection = None
+    """What the device adds to its gradients; `mu` pulls it to the anchor that this moves."""
 
 
 @dataclass(frozen=True, slots=True)

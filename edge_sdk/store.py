@@ -53,18 +53,23 @@ class Residual:
     """A codec's state as bytes, and what it is only good for: that codec, on that bundle.
 
     `order` grows with each update that the device encodes: the greater one is the newer one.
+    `own` is what the `correction` of that name remembers, flat little-endian float32.
     """
 
     spec: Spec
     bundle: str
     order: int
     state: bytes
+    correction: str = ""
+    own: bytes = b""
 
     def to_bytes(self) -> bytes:
         """Return one self-checking record."""
         fields = {"spec": self.spec, "bundle": self.bundle, "order": self.order}
-        head = json.dumps(fields).encode() + b"\n"
-        return zlib.crc32(head + self.state).to_bytes(4, "little") + head + self.state
+        if self.own:
+            fields |= {"correction": self.correction, "own": len(self.own)}
+        body = json.dumps(fields).encode() + b"\n" + self.state + self.own
+        return zlib.crc32(body).to_bytes(4, "little") + body
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Residual:
@@ -74,9 +79,11 @@ class Residual:
         """
         if zlib.crc32(data[4:]) != int.from_bytes(data[:4], "little"):
             raise ValueError("its checksum does not hold")
-        head, _, state = data[4:].partition(b"\n")
+        head, _, rest = data[4:].partition(b"\n")
         fields = json.loads(head)
-        return cls(fields["spec"], fields["bundle"], fields["order"], state)
+        cut = len(rest) - fields.get("own", 0)
+        known = fields["spec"], fields["bundle"], fields["order"]
+        return cls(*known, rest[:cut], fields.get("correction", ""), rest[cut:])
 
     def is_for(self, spec: Spec, bundle: str) -> bool:
         """Say whether it is of this codec on this bundle."""

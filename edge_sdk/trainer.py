@@ -3,7 +3,8 @@
 
 A step is one call into the engine. Shuffling comes from `np.random.default_rng(seed)`, time from a
 clock that is passed in. FedProx's term pulls towards the parameters of the last `load_params`
-(Li et al. 2020, "Federated Optimization in Heterogeneous Networks", eq. 2).
+(Li et al. 2020, "Federated Optimization in Heterogeneous Networks", eq. 2), or to an anchor given
+with them.
 """
 
 from __future__ import annotations
@@ -150,17 +151,16 @@ class Trainer:
         """Return copies of the trainable tensors, float32, by forward-model name."""
         return dict(zip(self._bundle.shapes, self._training.read(), strict=True))
 
-    def load_params(self, params: Params) -> None:
+    def load_params(self, params: Params, anchor: Params | None = None) -> None:
         """Start from these parameters: `delta` counts from here, optimizer state begins afresh.
+
+        `anchor`: what `mu` pulls towards, these parameters when None.
 
         Raises: ValueError when a tensor is missing, of another shape or not finite.
         """
-        shapes = self._bundle.shapes
-        flat = tensors.flatten(params, shapes)
-        if not np.isfinite(flat).all():
-            raise ValueError("expected finite parameters, got NaN or infinity; fetch them again")
-        self._base = tensors.unflatten(flat, shapes)
-        self._training.write(list(self._base.values()))
+        self._base = self._finite(params)
+        anchors = None if anchor is None else list(self._finite(anchor).values())
+        self._training.write(list(self._base.values()), anchors)
         self.reset_optimizer()
         self._predictor = None
 
@@ -171,6 +171,12 @@ class Trainer:
     def reset_optimizer(self) -> None:
         """Forget momentum and the like."""
         self._training.reset()
+
+    def _finite(self, params: Params) -> Params:
+        flat = tensors.flatten(params, self._bundle.shapes)
+        if not np.isfinite(flat).all():
+            raise ValueError("expected finite parameters, got NaN or infinity; fetch them again")
+        return tensors.unflatten(flat, self._bundle.shapes)
 
     def _step(self, x: NDArray[Any], y: NDArray[Any], lr: float, mu: float) -> float:
         loss = self._training.step(x, y, lr, mu)

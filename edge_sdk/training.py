@@ -47,7 +47,8 @@ class Budget:
 class TrainJob:
     """One training: from `weights` (flat little-endian float32) on the examples in `samples`.
 
-    The delta is written to `out`, beside the weights when None.
+    The delta is written to `out`, beside the weights when None. The budget's `mu` pulls to the
+    `anchor`, a file like the weights, to the weights when None.
     """
 
     bundle: Path
@@ -58,6 +59,7 @@ class TrainJob:
     threads: int = 1
     engine: str = "auto"
     out: Path | None = None
+    anchor: Path | None = None
 
     @property
     def delta(self) -> Path:
@@ -160,6 +162,7 @@ class ChildTrainer:
         return {
             **{name: os.fspath(path) for name, path in places.items()},
             "delta": os.fspath(job.delta),
+            "anchor": None if job.anchor is None else os.fspath(job.anchor),
             "budget": asdict(job.budget),
             "seed": job.seed,
             "threads": job.threads,

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a trained delta to an update that is safe: encoded, signed, in the outbox, on its way.
 
-The codec's state (the residual) moves on only with a receipt. Should another round be trained
-before that receipt comes, the waiting update is taken as accepted, which it nearly always is.
+The codec's state (the residual) moves on only with a receipt, and with it what a correction
+remembers. Should another round be trained before that receipt comes, the waiting update is taken as
+accepted, which it nearly always is.
 """
 
 from __future__ import annotations
@@ -14,18 +15,19 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_sdk import chunks, codec, messages, topics
+from edge_sdk import chunks, codec, files, messages, topics
 from edge_sdk.bundle import Bundle
 from edge_sdk.codec import Codec, State
-from edge_sdk.errors import CodecError
+from edge_sdk.correction import CORRECTIONS
+from edge_sdk.errors import CodecError, StoreError
 from edge_sdk.failpoints import Failpoints
 from edge_sdk.messages import Chunk, Invite, Missing, Update
 from edge_sdk.outbox import Entry, Outbox
-from edge_sdk.params import unflatten
+from edge_sdk.params import count, flatten, unflatten
 from edge_sdk.signing import Identity
 from edge_sdk.store import Residual, Store
 from edge_sdk.training import TrainResult
-from edge_sdk.types import Params, Spec
+from edge_sdk.types import Array, Params, Shapes, Spec
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +63,8 @@ class Uploads:
         known = self._newest()
         state = self._state(chain, known, invite.codec, bundle)
         blob, pending = chain.encode(self._delta(trained.delta, bundle), state)
+        method, own = invite.correction or "", self._own(known, invite, bundle)
+        moved = b"" if own is None else _moved(method, own, blob, bundle.shapes)
         frame = messages.encode(
             Update(
                 round=invite.round,
@@ -79,7 +83,8 @@ class Uploads:
         def record(*, accepted: bool) -> bytes:
             after = chain.dump(chain.commit(pending, accepted=accepted))
             order = known.order + 1 if known else 1
-            return Residual(invite.codec, bundle.digest, order, after).to_bytes()
+            kept = moved if accepted or own is None else own.astype("<f4").tobytes()
+            return Residual(invite.codec, bundle.digest, order, after, method, kept).to_bytes()
 
         entry = Entry(update, invite.round, frame, record(accepted=True), record(accepted=False))
         self._outbox.append(entry)
@@ -132,6 +137,34 @@ class Uploads:
                 self._store.set_residual(after)
         self._outbox.remove(update)
 
+    def anchor(self, invite: Invite, weights: str, bundle: Bundle) -> Path | None:
+        """Write what a round's training is pulled to: the weights, moved by its correction.
+
+        None where the round has none, and it is the weights themselves.
+        Raises: StoreError when the weights are gone or the disk refuses.
+        """
+        own, base = self._own(self._newest(), invite, bundle), self._store.weights(weights)
+        if own is None or invite.correction is None:
+            return None
+        if base is None:
+            raise StoreError("expected the weights on disk, they are damaged; fetch again")
+        moved = CORRECTIONS[invite.correction].anchor(_flat(base), own)
+        path = self._store.train / f"{invite.round}.anchor.bin"
+        files.write(path, moved.astype("<f4").tobytes(), mode=0o600, disk=self._store.disk)
+        return path
+
+    def _own(self, known: Residual | None, invite: Invite, bundle: Bundle) -> Array | None:
+        """Return what this device's correction remembers: zeros at first."""
+        if invite.correction is None:
+            return None
+        size = 4 * count(bundle.shapes)
+        fits = known is not None and (known.bundle, known.correction, len(known.own)) == (
+            bundle.digest,
+            invite.correction,
+            size,
+        )
+        return _flat(known.own if known is not None and fits else bytes(size))
+
     def _newest(self) -> Residual | None:
         """The state after the last update that was encoded here, taken as accepted."""
         waiting = (self._outbox.entry(w.update) for w in reversed(list(self._outbox)))
@@ -178,3 +211,13 @@ class Uploads:
             raise CodecError(
                 f"expected a delta of this bundle from training, got: {error}"
             ) from error
+
+
+def _moved(method: str, own: Array, blob: bytes, shapes: Shapes) -> bytes:
+    """Return what a correction remembers once an update, as it is decoded, has counted."""
+    flat = flatten(codec.decode(blob, shapes), shapes)
+    return CORRECTIONS[method].after(own, flat).astype("<f4").tobytes()
+
+
+def _flat(data: bytes) -> Array:
+    return np.frombuffer(data, "<f4").astype(np.float32)

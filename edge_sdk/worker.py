@@ -69,7 +69,11 @@ def train(request: Mapping[str, Any]) -> dict[str, Any]:
     open_engine(bundle, request["engine"])
     footprint.hand_back()  # importing the runtime cost what running it does not
     trainer = Trainer(bundle, request["engine"], request["threads"], request["seed"])
-    trainer.load_params(unflatten(_weights(request["weights"], bundle.shapes), bundle.shapes))
+    anchor = request["anchor"]
+    trainer.load_params(
+        unflatten(_weights(request["weights"], bundle.shapes), bundle.shapes),
+        anchor and unflatten(_weights(anchor, bundle.shapes), bundle.shapes),
+    )
     with Samples.open(request["samples"]) as samples:
         x, y = samples.arrays()
     done = trainer.fit(x, y, **request["budget"])

@@ -86,8 +86,8 @@ class Training(Protocol):
         """Return copies of the parameters."""
         ...
 
-    def write(self, values: Sequence[Array]) -> None:
-        """Set the parameters, and the anchor that a proximal term pulls towards."""
+    def write(self, values: Sequence[Array], anchors: Sequence[Array] | None = None) -> None:
+        """Set the parameters, and what a proximal term pulls to: those values unless `anchors`."""
         ...
 
     def reset(self) -> None:

@@ -210,12 +210,12 @@ class LitertTraining:
         """Return copies of the parameters, in the manifest's order."""
         return [self._array(name).copy() for name in self._params]
 
-    def write(self, values: Sequence[Array]) -> None:
+    def write(self, values: Sequence[Array], anchors: Sequence[Array] | None = None) -> None:
         """Set the parameters and the proximal anchor."""
         for name, value in zip(self._params, values, strict=True):
             self._set(name, value)
         if self._anchors:
-            self._anchors = [np.array(value, np.float32) for value in values]
+            self._anchors = [np.array(value, np.float32) for value in anchors or values]
             if self._now is not None:
                 self._pull_to_anchors(self._now)
 

@@ -133,11 +133,11 @@ class OrtTraining:
         """Return copies of the parameters, in the manifest's order."""
         return [p.copy() for p in self._params()]
 
-    def write(self, values: Sequence[Array]) -> None:
+    def write(self, values: Sequence[Array], anchors: Sequence[Array] | None = None) -> None:
         """Set the parameters and the proximal anchor."""
         for buffer, value in zip(self._params(), values, strict=True):
             buffer[...] = value
-        for anchor, value in zip(self._anchors, values, strict=False):
+        for anchor, value in zip(self._anchors, anchors or values, strict=False):
             anchor[...] = value
 
     def reset(self) -> None:

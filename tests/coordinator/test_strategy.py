@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hand_bundles import mlp
 
 from coordinator import strategy
 from coordinator.aggregators import Report
@@ -23,6 +24,7 @@ EVERY = [
     strategy.fedprox(0.1),
     strategy.fednova(decay=0.9),
     strategy.fedbuff(0.5),
+    strategy.feddyn(0.2, devices=12),
     strategy.qfedavg(1.0, clip=2.0),
     strategy.median(buckets=5),
     strategy.trimmed_mean(0.3, clip=0.5),
@@ -85,6 +87,8 @@ def test_a_stale_update_weighs_less_and_never_nothing() -> None:
         (["fedavg", {"staleness": -1}], "expected a staleness exponent from 0"),
         (["fedavg", {"staleness": float("nan")}], "expected a staleness exponent from 0"),
         (["fedadam", {"lr": -1}], "expected lr above 0"),
+        (["feddyn", {"alpha": 0}], "feddyn: expected alpha above 0"),
+        (["feddyn", {"devices": 0}], "expected at least 1 device"),
         (["fedprox", {"mu": 0}], "fedprox: expected mu above 0"),
         (["median", {"buckets": 2.5}], "median: expected a whole number for buckets, got 2.5"),
         (["median", {"buckets": 2}], "median: expected 3 to 256 buckets"),
@@ -113,3 +117,16 @@ def test_a_strategys_pull_is_the_tasks_unless_that_has_its_own() -> None:
     assert Task("t", "x.fedge", strategy=strategy.fedprox(0.3)).pull == 0.3
     assert Task("t", "x.fedge", strategy=strategy.fedprox(0.3), mu=0.1).pull == 0.1
     assert Task("t", "x.fedge").pull is None
+
+
+def test_feddyn_sets_the_pull_itself_and_needs_a_bundle_that_can_be_pulled() -> None:
+    dyn = strategy.feddyn(0.3, devices=4)
+    assert Task("t", "x.fedge", strategy=dyn).pull == 0.3
+    assert dyn.correction == "feddyn"
+    with pytest.raises(ConfigError, match="feddyn sets mu; leave it out"):
+        Task("t", "x.fedge", strategy=dyn, mu=0.1)
+    with pytest.raises(
+        ConfigError, match="feddyn needs a bundle built with proximal=True; rebuild"
+    ):
+        Task("t", mlp(), strategy=dyn).load()
+    assert Task("t", mlp(proximal=True), strategy=dyn).load().manifest["proximal"]

@@ -12,6 +12,7 @@ import pytest
 from coordinator import strategy
 from coordinator.aggregators import Report
 from edge_sdk import codec, params
+from edge_sdk.correction import CORRECTIONS
 from edge_sdk.types import Params, Shapes
 
 SHAPES: Shapes = {"w0": (16, 48), "b0": (48,), "w1": (48, 6), "b1": (6,)}
@@ -23,7 +24,10 @@ def forward(p: Params, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return hidden, hidden @ p["w1"] + p["b1"]
 
 
-def train(base: Params, x: np.ndarray, y: np.ndarray, lr: float = 0.1) -> Params:
+def train(
+    base: Params, x: np.ndarray, y: np.ndarray, pull: tuple[np.float32, Params], lr: float = 0.1
+) -> Params:
+    mu, anchor = pull
     p = {k: v.copy() for k, v in base.items()}
     for at in range(0, len(x), 10):
         xb, yb = x[at : at + 10], y[at : at + 10]
@@ -34,6 +38,7 @@ def train(base: Params, x: np.ndarray, y: np.ndarray, lr: float = 0.1) -> Params
         g /= len(yb)
         back = (g @ p["w1"].T) * (hidden > 0)
         step = {"w0": xb.T @ back, "b0": back.sum(0), "w1": hidden.T @ g, "b1": g.sum(0)}
+        step = {k: v + mu * (p[k] - anchor[k]) for k, v in step.items()}
         p = {k: v - np.float32(lr) * step[k] for k, v in p.items()}
     return params.delta(p, base)
 
@@ -55,21 +60,26 @@ def accuracy(
     s, c = strategy.from_spec(json.loads(how) if how[0] == "[" else how), codec.preset(name)
     states = [c.init(SHAPES, seed=i) for i in range(12)]
     model = params.flatten({k: 0.3 * v for k, v in _start(rng).items()}, SHAPES)
-    memory, sent = s.server.init(COUNT), 0
+    memory, sent, owns = s.server.init(COUNT), 0, np.zeros((12, COUNT), np.float32)
+    correction = CORRECTIONS[s.correction] if s.correction else None
     for _ in range(rounds):
         base, total = params.unflatten(model, SHAPES), s.aggregator.init(COUNT)
         for i in rng.choice(12, cohort, replace=False):
             mine = rng.permutation(shards[i])
-            delta = train(base, x[mine], y[mine])
+            anchor = correction.anchor(model, owns[i]) if correction else model
+            pull = np.float32(s.mu or 0.0), params.unflatten(anchor, SHAPES)
+            delta = train(base, x[mine], y[mine], pull)
             if i < poisoned:
                 delta = {k: np.float32(-4) * v for k, v in delta.items()}
             blob, pending = c.encode(delta, states[i])
             states[i] = c.commit(pending)
             sent += len(blob)
+            if correction:
+                owns[i] = correction.after(owns[i], params.flatten(c.decode(blob, SHAPES), SHAPES))
             lattice = codec.lattice(blob, SHAPES)
             report = Report(len(mine), -(-len(mine) // 10), 1.0, codec.norm(lattice), bucket=i % 8)
             total = s.aggregator.add(total, lattice, report)
-        model, memory = s.server.step(model, s.aggregator.result(total), memory)
+        model, memory = s.server.step(model, s.aggregator.result(total), memory, cohort)
     z = forward(params.unflatten(model, SHAPES), x[1800:])[1]
     return float((z.argmax(1) == y[1800:]).mean()), sent / (cohort * rounds)
 

@@ -96,6 +96,9 @@ def test_every_optimizer_steps_alike_near_its_anchor_or_not(
     said = []
     for engine in ("ort", "litert"):
         trainer = Trainer(bundle, engine=engine, seed=1)
+        trainer.step(x, y)
+        base = bundle.params()
+        trainer.load_params(base, {k: v + np.float32(0.1) for k, v in base.items()})
         fit = trainer.fit(x, y, epochs=3, batch=20, mu=0.3 if proximal else 0.0)
         said.append((fit["loss"], trainer.params()))
     assert said[1][0] == pytest.approx(said[0][0], rel=1e-4)

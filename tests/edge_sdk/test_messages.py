@@ -53,6 +53,11 @@ EXAMPLES: list[tuple[Message, DeviceKey, str]] = [
         topics.down(TASK, KEY.id, "invite"),
     ),
     (
+        Invite(4, 17, b"\2" * 32, 60.0, _SPEC, 5, None, None, 16, 0.05, 0.1, 7, "feddyn"),
+        HUB,
+        topics.down(TASK, KEY.id, "invite"),
+    ),
+    (
         Update(4, 17, 240, 75, 0.125, 3.5, b"\5" * 40),
         KEY,
         topics.up(TASK, KEY.id, "update"),
@@ -141,6 +146,14 @@ def test_an_offer_from_before_there_were_patches_is_read_as_one_without() -> Non
     message, signed = messages.decode(bytes.fromhex(older["frame"]), topics.offer(TASK))
     assert isinstance(message, Offer)
     assert message.patches is None
+    assert signed.by(HUB.public)
+
+
+def test_an_invite_from_before_there_were_corrections_is_read_as_one_without() -> None:
+    older = next(c for c in json.loads(GOLDEN.read_text()) if c["kind"] == "Invite")
+    message, signed = messages.decode(bytes.fromhex(older["frame"]), older["topic"])
+    assert isinstance(message, Invite)
+    assert message.correction is None
     assert signed.by(HUB.public)
 
 

@@ -59,6 +59,20 @@ def test_the_proximal_term_pulls_towards_the_loaded_parameters() -> None:
         np.testing.assert_allclose(value, expected[name], rtol=1e-4, atol=1e-6)
 
 
+def test_an_anchor_of_its_own_takes_the_place_of_the_loaded_parameters() -> None:
+    trainer = Trainer(mlp(proximal=True))
+    start, anchor = initial(SIZES, 5), initial(SIZES, 6)
+    trainer.load_params(start, anchor)
+    expected, _ = numpy_steps(start, batches(10), mu=0.7, anchor=anchor)
+    for x, y in batches(10):
+        trainer.step(x, y, mu=0.7)
+    for name, value in trainer.params().items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-4, atol=1e-6)
+    trainer.load_params(start)
+    with pytest.raises(ValueError, match="finite"):
+        trainer.load_params(start, {k: v * np.float32("nan") for k, v in anchor.items()})
+
+
 def test_mu_on_a_bundle_without_the_term_is_a_named_error() -> None:
     with pytest.raises(ConfigError, match="proximal=True"):
         Trainer(mlp()).fit(*examples(8), mu=0.1)

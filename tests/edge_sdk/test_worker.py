@@ -100,6 +100,19 @@ def test_a_child_trains_the_same_bits_as_a_trainer_here(tmp_path: Path) -> None:
     assert 20 << 20 < result.peak_bytes < 110 << 20
 
 
+def test_a_job_is_pulled_to_its_anchor(tmp_path: Path) -> None:
+    job = job_in(tmp_path, Budget(epochs=1, mu=0.5), anchor=tmp_path / "a.bin")
+    bundle, start, anchor = mlp(proximal=True), initial((6, 5, 3), 3), initial((6, 5, 3), 4)
+    bundle.save(job.bundle)
+    flatten(anchor, bundle.shapes).astype("<f4").tofile(tmp_path / "a.bin")
+    worker.train(ChildTrainer().request(job))
+    here = Trainer(bundle, seed=7)
+    here.load_params(start, anchor)
+    here.fit(*examples(100), epochs=1, mu=0.5)
+    expected = flatten(here.delta(), bundle.shapes)
+    np.testing.assert_array_equal(np.fromfile(job.delta, "<f4"), expected)
+
+
 def test_the_budget_reaches_the_child(tmp_path: Path) -> None:
     budget = Budget(epochs=None, steps=5, batch=8, lr=0.01)
     result = ChildTrainer().train(job_in(tmp_path, budget), threading.Event())

@@ -82,10 +82,15 @@ def numpy_loss(p: Params, x: Array, y: Any) -> tuple[float, Params]:
 
 
 def numpy_steps(
-    p: Params, batches: list[tuple[Any, Any]], *, momentum: bool = False, mu: float = 0.0
+    p: Params,
+    batches: list[tuple[Any, Any]],
+    *,
+    momentum: bool = False,
+    mu: float = 0.0,
+    anchor: Params | None = None,
 ) -> tuple[Params, list[float]]:
     """Train in numpy: the reference for the trainer."""
-    base = {k: v.copy() for k, v in p.items()}
+    base = {k: v.copy() for k, v in (anchor or p).items()}
     p = {k: v.copy() for k, v in p.items()}
     v = {k: np.zeros_like(a) for k, a in p.items()}
     losses = []
