@@ -21,6 +21,8 @@ from edge_sdk.errors import BundleError
 
 FORMAT = "fedge-bundle/2"
 MAX_MANIFEST_BYTES = 4 << 20
+MAX_VALUES = 100_000
+"""Numbers, texts, lists and tables: about 32 a tensor, and each takes some 64 bytes once read."""
 MAX_TENSORS = 10_000
 MAX_NUMBERS = 1 << 25  # 128 MiB of float32: what an archive can carry
 MAX_WHOLE_BYTES = 4 * MAX_NUMBERS  # of a member, with what it shares put in
@@ -53,6 +55,9 @@ def decode(data: bytes) -> dict[str, Any]:
     """
     if len(data) > MAX_MANIFEST_BYTES:
         raise BundleError(f"manifest: expected at most {MAX_MANIFEST_BYTES} bytes, got {len(data)}")
+    values = sum(map(data.count, (b",", b"[", b"{")))  # before they take memory
+    if values > MAX_VALUES:
+        raise BundleError(f"manifest: expected at most {MAX_VALUES} values, got {values}")
     try:
         manifest = json.loads(data)
         canonical = isinstance(manifest, dict) and encode(manifest) == data

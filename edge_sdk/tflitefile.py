@@ -315,6 +315,7 @@ class _File:
             has_rank=found["has_rank"],
         )
         self._check_size(tensor, what)
+        _check_numbers(tensor, what)
         return tensor
 
     def _check_size(self, tensor: Tensor, what: str) -> None:
@@ -464,6 +465,21 @@ class _File:
         if found["buffer"] >= len(self.buffers):
             raise BundleError(f"{what}: expected one of {len(self.buffers)} buffers")
         return self.reader.text(found, "name", what), found["buffer"]
+
+
+def _check_numbers(tensor: Tensor, what: str) -> None:
+    if not np.isfinite(tensor.scale).all():
+        raise BundleError(f"{what}: expected finite scales")
+    if not tensor.dtype.startswith(("int", "uint")) or not tensor.zero_point.size:
+        return
+    bits, signed = _BITS[tensor.dtype], tensor.dtype.startswith("int")
+    low, high = (-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1)
+    least, most = int(tensor.zero_point.min()), int(tensor.zero_point.max())
+    if least < low or most > high:
+        raise BundleError(
+            f"{what}: expected zero points of {tensor.dtype}, {low} to {high}, "
+            f"got {least if least < low else most}"
+        )
 
 
 def _unique(pairs: Iterable[tuple[str, T]], what: str) -> dict[str, T]:
