@@ -20,9 +20,11 @@ log = logging.getLogger(__name__)
 
 VARIABLE = "FEDGE_FAILPOINTS"
 DEVICE = ("invited", "after_train", "before_last_chunk", "after_send", "on_receipt")
+CHILD = ("checkpoint",)
+"""In the training process, each time that it has kept where it stands."""
 COORDINATOR = ("before_commit", "after_commit")
 """Either side of each transaction that changed something."""
-POINTS = (*DEVICE, *COORDINATOR)
+POINTS = (*DEVICE, *CHILD, *COORDINATOR)
 
 
 @dataclass(slots=True)

@@ -8,16 +8,15 @@ import re
 import resource
 from pathlib import Path
 
+NO_MEMORY = ("bad_alloc", "MemoryError", "Cannot allocate memory", "ailed to allocate memory")
+"""What Python, numpy, the C library and the runtimes say when they get no memory."""
 _DONT_NEED = 4
 _LIBRARY_CODE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) r-xp \S+ \S+ [1-9]\d*\s+/\S+\.so")
 
 
 def peak_kib(status: Path = Path("/proc/self/status")) -> int:
     """Return the most memory this process ever had resident (VmHWM), KiB."""
-    for line in _text(status).splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return _field(status, "VmHWM:") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _text(file: Path) -> str:
@@ -42,3 +41,29 @@ def hand_back(maps: Path = Path("/proc/self/maps")) -> None:
     for first, end in _LIBRARY_CODE.findall(_text(maps)):
         start = int(first, 16)
         libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(int(end, 16) - start), _DONT_NEED)
+
+
+def oom_kills(vmstat: Path = Path("/proc/vmstat")) -> int:
+    """Return how many processes the kernel has killed for want of memory since it started."""
+    return _field(vmstat, "oom_kill ")
+
+
+def cap_growth(most_bytes: int, status: Path = Path("/proc/self/status")) -> None:
+    """Let this process allocate `most_bytes` more than now, and no more; refused, not killed.
+
+    What a runtime maps of files, and what it has allocated so far, does not count.
+    """
+    now = _field(status, "VmData:") << 10
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (now + most_bytes, hard))
+
+
+def uncap() -> None:
+    """Undo `cap_growth`."""
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+
+
+def _field(file: Path, name: str) -> int:
+    found = (line for line in _text(file).splitlines() if line.startswith(name))
+    return next((int(line.split()[1]) for line in found), 0)

@@ -9,22 +9,17 @@ it was at fails, and the next job gets a new child.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import queue
-import selectors
 import sys
-import tempfile
 import threading
 import time
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import IO, Any, NoReturn, cast
 
-from edge_sdk.training import ChildTrainer, TrainFailed, TrainJob, TrainResult, answer, last_words
+from edge_sdk.child import HANG_S, Child
+from edge_sdk.training import ChildTrainer, TrainFailed, TrainJob, TrainResult
 
 _POLL_S = 0.1
 _IDLE_S = 60.0
@@ -53,9 +48,10 @@ class LastingTrainer:
         *,
         nice: int = 10,
         grace_s: float = 120.0,
+        hang_s: float = HANG_S,
         idle_s: float = _IDLE_S,
     ) -> None:
-        self._once = ChildTrainer(python, nice=nice, grace_s=grace_s)
+        self._once = ChildTrainer(python, nice=nice, grace_s=grace_s, hang_s=hang_s)
         self._grace_s, self._idle_s = grace_s, idle_s
         self._orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
         # The kernel ends a child with the thread that started it: that thread stays as well.
@@ -79,7 +75,7 @@ class LastingTrainer:
         self._thread.join(2 * _POLL_S + 1.0)
 
     def _serve(self) -> None:
-        child: _Child | None = None
+        child: Child | None = None
         while True:
             try:
                 order = self._orders.get(timeout=self._idle_s if child else None)
@@ -92,103 +88,26 @@ class LastingTrainer:
             if order.done.set_running_or_notify_cancel():
                 child = self._carry_out(order, child)
 
-    def _carry_out(self, order: _Order, child: _Child | None) -> _Child | None:
+    def _carry_out(self, order: _Order, child: Child | None) -> Child | None:
         """Do one job; return the child if it can do another."""
         try:
             if child is None or child.is_gone:
                 _end(child)
-                child = _Child(self._once)
+                child = self._once.started()
             order.done.set_result(self._train(order, child))
         except Exception as error:  # noqa: BLE001 - whoever brought the job is told, the next may do better
             order.done.set_exception(_named(error))
         return child if child is None or child.is_free else _end(child)
 
-    def _train(self, order: _Order, child: _Child) -> TrainResult:
+    def _train(self, order: _Order, child: Child) -> TrainResult:
         seconds, job = order.job.budget.seconds, order.job
         if seconds is None:
-            return child.train(job, order.cancel, math.inf)
+            return self._once.carried_out(child, job, order.cancel, math.inf)
         left_s = seconds - (time.monotonic() - order.at_s)
         if left_s <= 0:
             raise TrainFailed(f"its {seconds:g} s went by while it waited its turn")
         job = replace(job, budget=replace(job.budget, seconds=left_s))
-        return child.train(job, order.cancel, left_s + self._grace_s)
-
-
-class _Child:
-    """A worker process that answers each line with a line."""
-
-    def __init__(self, once: ChildTrainer) -> None:
-        self._once = once
-        self._noise = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child
-        self._heard = b""
-        try:
-            self._process = once.started(stderr=self._noise)
-        except BaseException:
-            self._noise.close()
-            raise
-        self.is_free = True
-        """Whether it waits for a job: not after one that was broken off."""
-
-    @property
-    def is_gone(self) -> bool:
-        return self._process.poll() is not None
-
-    def train(self, job: TrainJob, cancel: threading.Event, patience_s: float) -> TrainResult:
-        self.is_free = False
-        self._ask(json.dumps(self._once.request(job)))
-        said = self._answer(cancel, time.monotonic() + patience_s)
-        self.is_free = True
-        if "error" in said:
-            raise TrainFailed(str(said["error"]))
-        return answer(json.dumps(said), job.delta)
-
-    def end(self) -> None:
-        self._process.kill()
-        with suppress(OSError), self._process:  # waits, and closes the pipes
-            self._noise.close()
-
-    def _ask(self, line: str) -> None:
-        try:
-            asked = cast("IO[str]", self._process.stdin)
-            asked.write(line + "\n")
-            asked.flush()
-        except OSError:
-            self._fail()
-
-    def _answer(self, cancel: threading.Event, until_s: float) -> dict[str, Any]:
-        """Return the next line that is an answer; other libraries may print before it."""
-        heard = cast("IO[str]", self._process.stdout).fileno()
-        with selectors.DefaultSelector() as selector:
-            selector.register(heard, selectors.EVENT_READ)
-            while not cancel.is_set():
-                line, found, rest = self._heard.partition(b"\n")
-                if found:
-                    self._heard = rest
-                    if (said := _said(line)) is not None:
-                        return said
-                elif time.monotonic() > until_s:
-                    raise TrainFailed("still training long after its budget; killed")
-                elif selector.select(_POLL_S):
-                    self._hear(heard)
-        raise TrainFailed("cancelled")
-
-    def _hear(self, heard: int) -> None:
-        if not (more := os.read(heard, 65536)):
-            self._fail()
-        self._heard += more
-
-    def _fail(self) -> NoReturn:
-        code = self._process.wait()
-        self._noise.seek(0)
-        raise TrainFailed(last_words(code, "", self._noise.read().decode(errors="replace")))
-
-
-def _said(line: bytes) -> dict[str, Any] | None:
-    try:
-        found = json.loads(line)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) else None
+        return self._once.carried_out(child, job, order.cancel, left_s + self._grace_s)
 
 
 def _named(error: Exception) -> TrainFailed:
@@ -197,7 +116,7 @@ def _named(error: Exception) -> TrainFailed:
     return TrainFailed(f"cannot train: {' '.join(str(error).split())}")
 
 
-def _end(child: _Child | None) -> _Child | None:
+def _end(child: Child | None) -> Child | None:
     """End a child, if there is one; what is left is none."""
     if child is not None:
         child.end()

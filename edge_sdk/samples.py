@@ -197,16 +197,31 @@ class Samples:
         Takes their own memory once, plus one block. A record that another process overwrites
         meanwhile comes whole, old or new, or not at all.
         """
-        layout, n = self.layout, len(self._slots)
-        xs = np.empty((n, *layout.x_shape), layout.x_dtype)
-        ys = np.empty((n, *layout.y_shape), layout.y_dtype)
+        _, xs, ys = self.numbered()
+        return xs, ys
+
+    def numbered(
+        self, last: int | None = None, most: int | None = None
+    ) -> tuple[NDArray[np.uint64], NDArray[Any], NDArray[Any]]:
+        """Return the examples as `arrays` does, and the number that each was stored under.
+
+        `last`: none that was stored after that number; `most`: the newest so many of the others.
+        """
+        layout, until = self.layout, self._last if last is None else last
+        n = sum(seq <= until for seq in self._slots.values())
+        skip = 0 if most is None else max(0, n - most)
+        numbers = np.empty(n - skip, np.uint64)
+        xs = np.empty((n - skip, *layout.x_shape), layout.x_dtype)
+        ys = np.empty((n - skip, *layout.y_shape), layout.y_dtype)
         filled = 0
-        for _, body in itertools.islice(self._records(oldest=self._last + 1), n):
+        whole = (record for record in self._records(oldest=self._last + 1) if record[0] <= until)
+        for seq, body in itertools.islice(whole, skip, n):
             x, y = body[: layout.x_bytes], body[layout.x_bytes :]
+            numbers[filled] = seq
             xs[filled] = np.frombuffer(x, layout.x_dtype).reshape(layout.x_shape)
             ys[filled] = np.frombuffer(y, layout.y_dtype).reshape(layout.y_shape)
             filled += 1
-        return xs[:filled], ys[:filled]
+        return numbers[:filled], xs[:filled], ys[:filled]
 
     def close(self) -> None:
         """Let go of the file; another process may then append."""

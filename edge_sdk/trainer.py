@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import numpy as np
@@ -22,7 +23,7 @@ from edge_sdk.bundle import Bundle
 from edge_sdk.engine import Predictor, open_engine
 from edge_sdk.errors import ConfigError, EngineError
 from edge_sdk.requantize import requantize
-from edge_sdk.types import Clock, Params
+from edge_sdk.types import Array, Clock, Params
 
 _EVALUATE_BATCH = 256
 _MOST = 1e38  # what a float32 of the graph can hold
@@ -36,6 +37,27 @@ class Fit(TypedDict):
     epochs: int
     seconds: float
     stopped_by: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Progress:
+    """Where a `fit` stood after a step: whoever starts from it ends with the same bits."""
+
+    steps: int
+    seen: int
+    loss: float
+    """The sum over the examples seen."""
+    seconds: float
+    at: int
+    """How many steps of them in the pass over the examples that was under way."""
+    shuffle: dict[str, Any]
+    """The state of the generator before that pass was shuffled."""
+    state: list[Array]
+    """The parameters, then the optimizer's state."""
+
+
+OnStep = Callable[[Callable[[], Progress]], object]
+"""Called after each step with what tells, copied, where it stands."""
 
 
 class Trainer:
@@ -58,6 +80,7 @@ class Trainer:
         self._engine = open_engine(bundle, engine, threads)
         self._training = self._engine.training(bundle)
         self._rng = np.random.default_rng(seed)
+        self._shuffle: dict[str, Any] = {}
         self._base = bundle.params()
         self._predictor: Predictor | None = None
         self._feed = Feed(bundle.manifest)
@@ -83,10 +106,13 @@ class Trainer:
         seconds: float | None = None,
         lr: float | None = None,
         mu: float = 0.0,
+        start: Progress | None = None,
+        on_step: OnStep | None = None,
     ) -> Fit:
         """Train in shuffled batches until the first of the budgets ends; None is no limit.
 
         `batch`: rows of a step, but never more than a bundle built for so much memory allows.
+        `start`: go on from there, after `load_params` as before; budgets count from its beginning.
 
         Raises: ValueError on no examples, no limit or another shape; EngineError when the loss is
         not finite.
@@ -95,14 +121,23 @@ class Trainer:
         batch = self._rows(batch)
         _check_budget(batch, epochs, steps, seconds)
         rate, pull = self._lr(lr), self._mu(mu)
-        started_s, total, seen, done = self._clock.monotonic(), 0.0, 0, 0
         per_epoch = math.ceil(len(xs) / batch)
-        stopped_by = ""
-        for bx, by in self._batches(xs, ys, batch):
+        if start is not None:
+            self._go_on(start)
+        came_s, total, seen, done = _before(start)
+        began_s, offset = self._clock.monotonic() - came_s, min(start.at, per_epoch) if start else 0
+        stopped_by, before = "", done - offset
+
+        def progress() -> Progress:
+            seconds, state = self._clock.monotonic() - began_s, self._training.state()
+            at = (done - before - 1) % per_epoch + 1
+            return Progress(done, seen, total, seconds, at, self._shuffle, state)
+
+        for bx, by in self._batches(xs, ys, batch, offset):
             total += self._step(bx, by, rate, pull) * len(bx)
             seen += len(bx)
             done += 1
-            elapsed_s = self._clock.monotonic() - started_s
+            elapsed_s = self._clock.monotonic() - began_s
             if epochs is not None and done >= epochs * per_epoch:
                 stopped_by = "epochs"
             elif steps is not None and done >= steps:
@@ -111,11 +146,13 @@ class Trainer:
                 stopped_by = "seconds"
             if stopped_by:
                 break
+            if on_step is not None:
+                on_step(progress)
         return Fit(
             loss=total / seen,
             steps=done,
             epochs=done // per_epoch,
-            seconds=self._clock.monotonic() - started_s,
+            seconds=self._clock.monotonic() - began_s,
             stopped_by=stopped_by,
         )
 
@@ -188,22 +225,32 @@ class Trainer:
             )
         return loss
 
+    def _go_on(self, start: Progress) -> None:
+        self._training.restore(start.state)
+        self._rng.bit_generator.state = start.shuffle
+        self._predictor = None
+
     def _batches(
-        self, xs: NDArray[Any], ys: NDArray[Any], batch: int
+        self, xs: NDArray[Any], ys: NDArray[Any], batch: int, offset: int
     ) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
-        """Yield shuffled batches for ever, in two buffers that are filled again and again."""
+        """Yield shuffled batches for ever, in two buffers that are filled again and again.
+
+        The first `offset` of the first pass are left out.
+        """
         size = min(batch, len(xs))
         room_x = np.empty((size, *xs.shape[1:]), self._feed.dtype)
         room_y = np.empty((size, *ys.shape[1:]), ys.dtype)
         rooms = {n: (room_x[:n], room_y[:n]) for n in (size, len(xs) % size)}
         while True:
+            self._shuffle = dict(self._rng.bit_generator.state)
             order = self._rng.permutation(len(xs))
-            for at in range(0, len(xs), size):
+            for at in range(offset * size, len(xs), size):
                 rows = order[at : at + size]
                 bx, by = rooms[len(rows)]
                 self._feed.fill(bx, xs, rows)
                 np.take(ys, rows, axis=0, out=by, mode="clip")
                 yield bx, by
+            offset = 0
 
     def _rows(self, batch: int) -> int:
         most = self._bundle.manifest["cost"].get("batch")
@@ -301,3 +348,8 @@ def _check_budget(batch: int, epochs: int | None, steps: int | None, seconds: fl
         raise ValueError("expected a limit of epochs, steps or seconds, got none")
     if batch < 1 or min((n for n in (epochs, steps) if n is not None), default=1) < 1:
         raise ValueError(f"expected batch, epochs, steps from 1, got {batch}, {epochs}, {steps}")
+
+
+def _before(start: Progress | None) -> tuple[float, float, int, int]:
+    """Return the seconds, the sum of losses, the examples and the steps of what went before."""
+    return (start.seconds, start.loss, start.seen, start.steps) if start else (0.0, 0.0, 0, 0)

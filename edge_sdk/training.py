@@ -12,18 +12,17 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
-import subprocess
 import sys
 import threading
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
-from edge_sdk.errors import EngineError
+from edge_sdk.child import HANG_S, Child, TrainFailed
 
-_POLL_S = 0.1
+__all__ = ["Budget", "ChildTrainer", "LocalTraining", "TrainFailed", "TrainJob", "TrainResult"]
+
+CHECKPOINT_S = 30.0
 _LEAN = {  # set before the child loads anything; measured: a thread pool fewer, no telemetry
     "OPENBLAS_NUM_THREADS": "1",
     "OMP_NUM_THREADS": "1",
@@ -38,6 +37,9 @@ class Budget:
     epochs: int | None = 1
     steps: int | None = None
     seconds: float | None = None
+    """Of one attempt: a training that goes on from a checkpoint has them anew."""
+    seconds_in_all: float | None = None
+    """Of all attempts together."""
     batch: int = 32
     lr: float | None = None
     mu: float = 0.0
@@ -48,7 +50,8 @@ class TrainJob:
     """One training: from `weights` (flat little-endian float32) on the examples in `samples`.
 
     The delta is written to `out`, beside the weights when None. The budget's `mu` pulls to the
-    `anchor`, a file like the weights, to the weights when None.
+    `anchor`, a file like the weights, to the weights when None. Where it stands is kept in
+    `checkpoint` every `checkpoint_s`, and it goes on from what is found there.
     """
 
     bundle: Path
@@ -60,6 +63,10 @@ class TrainJob:
     engine: str = "auto"
     out: Path | None = None
     anchor: Path | None = None
+    checkpoint: Path | None = None
+    checkpoint_s: float = CHECKPOINT_S
+    memory: int | None = None
+    """Bytes that it may allocate, beyond what its runtime takes; None is no limit."""
 
     @property
     def delta(self) -> Path:
@@ -80,14 +87,8 @@ class TrainResult:
     stopped_by: str
     peak_bytes: int
     """The most memory that the training process took."""
-
-
-class TrainFailed(EngineError):  # noqa: N818 - says what happened, as `when` and `left` do
-    """A local training gave no delta; `reason` says why. The device goes on without it."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+    resumed_at: int = 0
+    """The step at which it went on from a checkpoint; 0 when it did it all at once."""
 
 
 class LocalTraining(Protocol):
@@ -105,68 +106,63 @@ class ChildTrainer:
     """Trains in a child process at low priority.
 
     Call `train` from a thread that outlives it: the kernel ends the child with the thread that
-    started it. A child that is still there `grace_s` after its budget of seconds is killed.
+    started it. A child that is still there `grace_s` after its budget of seconds, or gives no sign
+    of life for `hang_s`, is killed.
     """
 
     def __init__(
-        self, python: str = sys.executable, *, nice: int = 10, grace_s: float = 120.0
+        self,
+        python: str = sys.executable,
+        *,
+        nice: int = 10,
+        grace_s: float = 120.0,
+        hang_s: float = HANG_S,
     ) -> None:
         self._command = [python, "-P", "-m", "edge_sdk.worker"]
-        self._nice, self._grace_s = nice, grace_s
+        self._nice, self._grace_s, self._hang_s = nice, grace_s, hang_s
 
     def train(self, job: TrainJob, cancel: threading.Event) -> TrainResult:
         """Run one job in a fresh process. Raises: TrainFailed."""
+        seconds = job.budget.seconds
+        patience_s = math.inf if seconds is None else seconds + self._grace_s
+        child = self.started()
         try:
-            with self.started() as child:
-                try:
-                    said, noise = self._watch(child, job, cancel)
-                finally:
-                    child.kill()
+            return self.carried_out(child, job, cancel, patience_s)
+        finally:
+            child.end()
+
+    def started(self) -> Child:
+        """Start a child that waits for jobs. Raises: TrainFailed."""
+        try:
+            return Child(self._command, _environment(), self._hang_s)
         except OSError as error:
             raise TrainFailed(f"cannot start {self._command[0]}: {error.strerror}") from error
-        if child.returncode != 0:
-            raise TrainFailed(last_words(child.returncode, said, noise))
-        return answer(said, job.delta)
 
-    def started(self, stderr: int | IO[bytes] = subprocess.PIPE) -> subprocess.Popen[str]:
-        """Start a child that waits for jobs. Raises: OSError."""
-        pipe = subprocess.PIPE
-        return subprocess.Popen(
-            self._command,
-            stdin=pipe,
-            stdout=pipe,
-            stderr=stderr,
-            text=True,
-            env=_environment(),
-            process_group=0,  # the terminal's Ctrl-C is for the application
-        )
-
-    def _watch(
-        self, child: subprocess.Popen[str], job: TrainJob, cancel: threading.Event
-    ) -> tuple[str, str]:
-        request: str | None = json.dumps(self.request(job))
-        patience_s = math.inf if job.budget.seconds is None else job.budget.seconds + self._grace_s
-        until_s = time.monotonic() + patience_s
-        while not cancel.is_set():
-            try:
-                return child.communicate(request, _POLL_S)
-            except subprocess.TimeoutExpired:
-                request = None
-            if time.monotonic() > until_s:
-                raise TrainFailed(f"still training {self._grace_s:g} s after its budget; killed")
-        raise TrainFailed("cancelled")
+    def carried_out(
+        self, child: Child, job: TrainJob, cancel: threading.Event, patience_s: float
+    ) -> TrainResult:
+        """Let a child do a job. Raises: TrainFailed, also when what it answers is no result."""
+        said = child.call(self.request(job), cancel, patience_s)
+        try:
+            return TrainResult(**{**said, "delta": job.delta})
+        except TypeError as error:
+            said_200 = json.dumps(said)[-200:]
+            raise TrainFailed(f"the training process answered {said_200!r}; upgrade it") from error
 
     def request(self, job: TrainJob) -> dict[str, Any]:
         """Return a job as the child takes it: one line of JSON."""
         places = {"bundle": job.bundle, "weights": job.weights, "samples": job.samples}
+        beside = {"anchor": job.anchor, "checkpoint": job.checkpoint}
         return {
             **{name: os.fspath(path) for name, path in places.items()},
             "delta": os.fspath(job.delta),
-            "anchor": None if job.anchor is None else os.fspath(job.anchor),
+            **{name: None if path is None else os.fspath(path) for name, path in beside.items()},
+            "checkpoint_s": job.checkpoint_s,
             "budget": asdict(job.budget),
             "seed": job.seed,
             "threads": job.threads,
             "engine": job.engine,
+            "memory": job.memory,
             "nice": self._nice,
             "parent": os.getpid(),
         }
@@ -177,27 +173,3 @@ def _environment() -> dict[str, str]:
     home = os.fspath(Path(__file__).resolve().parent.parent)
     path = os.environ.get("PYTHONPATH")
     return {**os.environ, **_LEAN, "PYTHONPATH": os.pathsep.join([home, path] if path else [home])}
-
-
-def answer(said: str, delta: Path) -> TrainResult:
-    """Read the last line of what a child said: what else is loaded into it may print before.
-
-    Raises: TrainFailed when that is no result.
-    """
-    try:
-        return TrainResult(**{**json.loads(said.splitlines()[-1]), "delta": delta})
-    except (ValueError, IndexError, TypeError) as error:
-        raise TrainFailed(f"the training process answered {said[-200:]!r}; upgrade it") from error
-
-
-def last_words(code: int, said: str, noise: str) -> str:
-    """Return why a child ended, from its exit code and what it printed."""
-    if code < 0:
-        name = next((s.name for s in signal.Signals if s == -code), f"signal {-code}")
-        return f"the training process was killed by {name}; is there enough memory?"
-    try:
-        return str(json.loads(said.splitlines()[-1])["error"])
-    except (ValueError, IndexError, KeyError, TypeError):
-        lines = noise.split("\n") if noise else []
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
-        return f"the training process failed with code {code}: {last[:300]}"

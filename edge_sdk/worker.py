@@ -3,21 +3,31 @@
 
 It reads a bundle, weights and examples and writes a delta; it ends with its input. It holds no
 key, loads no network library and dies with its parent; when memory runs out the kernel takes it
-before anything else.
+before anything else. A training that was killed goes on from its checkpoint, to the same bits.
 """
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import os
 import signal
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from edge_sdk import footprint
+
+if TYPE_CHECKING:
+    from edge_sdk.bundle import Bundle
+    from edge_sdk.checkpoint import Keeper
+    from edge_sdk.trainer import Progress
+
+SIGN_OF_LIFE_S = 1.0
 _PR_SET_PDEATHSIG = 1
 _FIRST_TO_GO = "1000"
 
@@ -44,9 +54,12 @@ def _carry_out(request: Mapping[str, Any]) -> int:
     try:
         said = train(request)
     except Exception as error:  # noqa: BLE001 - the parent reports it, whatever it is
-        line = " ".join(str(error).split())[:500]
-        _say({"error": line or type(error).__name__})
+        footprint.uncap()
+        line = " ".join(str(error).split())[:500] or type(error).__name__
+        is_memory = isinstance(error, MemoryError) or any(w in line for w in footprint.NO_MEMORY)
+        _say({"error": line, "kind": "oom" if is_memory else "failed"})
         return 1
+    footprint.uncap()
     _say(said)
     return 0
 
@@ -54,11 +67,11 @@ def _carry_out(request: Mapping[str, Any]) -> int:
 def train(request: Mapping[str, Any]) -> dict[str, Any]:
     """Train as asked and write the delta; returns what `TrainResult` holds.
 
-    Raises: FedgeError or ValueError saying what is wrong with the job.
+    Raises: FedgeError, ValueError or MemoryError saying what is wrong with the job.
     """
     import numpy as np
 
-    from edge_sdk import files, footprint
+    from edge_sdk import files
     from edge_sdk.bundle import Bundle
     from edge_sdk.engine import open_engine
     from edge_sdk.params import flatten, unflatten
@@ -68,6 +81,9 @@ def train(request: Mapping[str, Any]) -> dict[str, Any]:
     bundle = Bundle.load(request["bundle"])
     open_engine(bundle, request["engine"])
     footprint.hand_back()  # importing the runtime cost what running it does not
+    _say({"at": 0})
+    if request["memory"] is not None:
+        footprint.cap_growth(request["memory"])
     trainer = Trainer(bundle, request["engine"], request["threads"], request["seed"])
     anchor = request["anchor"]
     trainer.load_params(
@@ -75,13 +91,69 @@ def train(request: Mapping[str, Any]) -> dict[str, Any]:
         anchor and unflatten(_weights(anchor, bundle.shapes), bundle.shapes),
     )
     with Samples.open(request["samples"]) as samples:
-        x, y = samples.arrays()
-    done = trainer.fit(x, y, **request["budget"])
+        keeper, start = _keeper(request, bundle), None
+        if keeper is None:
+            x, y = samples.arrays()
+        else:
+            start, x, y = keeper.begin(samples, _state_shapes(bundle))
+    done = trainer.fit(x, y, **_budget(request, start), start=start, on_step=_on_step(keeper))
     delta = flatten(trainer.delta(), bundle.shapes)
     if not np.isfinite(delta).all():
         raise ValueError("training ended in weights that are not finite; lower the learning rate")
     files.write(Path(request["delta"]), delta.astype("<f4").data)
-    return {**done, "examples": len(x), "peak_bytes": footprint.peak_kib() << 10}
+    return {
+        **done,
+        "examples": len(x),
+        "peak_bytes": footprint.peak_kib() << 10,
+        "resumed_at": start.steps if start else 0,
+    }
+
+
+def _budget(request: Mapping[str, Any], start: Progress | None) -> dict[str, Any]:
+    """Return a budget as `Trainer.fit` counts it: from the beginning of the first attempt."""
+    budget = dict(request["budget"])
+    in_all, seconds = budget.pop("seconds_in_all"), budget["seconds"]
+    if seconds is not None and start is not None:
+        seconds += start.seconds
+    limits = [limit for limit in (in_all, seconds) if limit is not None]
+    return budget | {"seconds": min(limits, default=None)}
+
+
+def _keeper(request: Mapping[str, Any], bundle: Bundle) -> Keeper | None:
+    from edge_sdk.checkpoint import Keeper, job_id
+    from edge_sdk.engine import choose
+
+    if request["checkpoint"] is None:
+        return None
+    files = [request["weights"], request["anchor"] or request["weights"]]
+    fields = {
+        "bundle": bundle.digest,
+        "files": [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files],
+        "engine": choose(bundle.manifest, request["engine"]).engine,
+        "budget": {k: v for k, v in request["budget"].items() if not k.startswith("seconds")},
+        **{name: request[name] for name in ("seed", "threads", "samples")},
+    }
+    return Keeper(Path(request["checkpoint"]), request["checkpoint_s"], job_id(fields))
+
+
+def _state_shapes(bundle: Bundle) -> list[tuple[int, ...]]:
+    slots = [tuple(slot["shape"]) for slot in bundle.manifest["slots"]]
+    return [*bundle.shapes.values(), *slots]
+
+
+def _on_step(keeper: Keeper | None) -> Callable[[Callable[[], Progress]], None]:
+    """Give a sign of life now and then, and keep where the training stands."""
+    told_s = time.monotonic()
+
+    def on_step(progress: Callable[[], Progress]) -> None:
+        nonlocal told_s
+        if time.monotonic() >= told_s + SIGN_OF_LIFE_S:
+            told_s = time.monotonic()
+            _say({"at": told_s})
+        if keeper is not None:
+            keeper.on_step(progress)
+
+    return on_step
 
 
 def _weights(path: str, shapes: Mapping[str, tuple[int, ...]]) -> Any:

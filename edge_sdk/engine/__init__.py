@@ -94,6 +94,14 @@ class Training(Protocol):
         """Set the optimizer's state to zeros."""
         ...
 
+    def state(self) -> list[Array]:
+        """Return copies of the parameters and, after them, of the optimizer's state."""
+        ...
+
+    def restore(self, values: Sequence[Array]) -> None:
+        """Set what `state` returned; the anchor stays."""
+        ...
+
 
 class Engine(Protocol):
     """A runtime with its settings."""

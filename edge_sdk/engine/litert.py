@@ -224,6 +224,15 @@ class LitertTraining:
         for name in self._slots:
             self._set(name, 0.0)
 
+    def state(self) -> list[Array]:
+        """Return copies of the parameters and the optimizer's state."""
+        return [self._array(name).copy() for name in (*self._params, *self._slots)]
+
+    def restore(self, values: Sequence[Array]) -> None:
+        """Set the parameters and the optimizer's state."""
+        for name, value in zip((*self._params, *self._slots), values, strict=True):
+            self._set(name, value)
+
     def _array(self, name: str) -> Array:
         """Return where a parameter or slot is now; let go of it before the next step."""
         return self._held[name] if self._now is None else self._now.view(name)

@@ -145,6 +145,15 @@ class OrtTraining:
         for slot in self._sets[self._now][self._count :]:
             slot[...] = 0
 
+    def state(self) -> list[Array]:
+        """Return copies of the parameters and the optimizer's state."""
+        return [value.copy() for value in self._sets[self._now]]
+
+    def restore(self, values: Sequence[Array]) -> None:
+        """Set the parameters and the optimizer's state."""
+        for buffer, value in zip(self._sets[self._now], values, strict=True):
+            buffer[...] = value
+
     def _params(self) -> list[Array]:
         return self._sets[self._now][: self._count]
 
