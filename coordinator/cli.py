@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
+from coordinator import operator_cli
+from coordinator.listing import listing
+from coordinator.operator_cli import store_of
 from edge_sdk.errors import ConfigError, StoreError
 
 RUN = "example: fedge coordinator run --config coordinator.toml"
@@ -50,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--task", help="only this task")
     verify.add_argument("--json", action="store_true", help="for machines")
     verify.set_defaults(command=_verify)
-    _reader(commands, "fleet", "list the devices ever seen", _fleet)
+    operator_cli.add(commands)
     _reader(commands, "rounds", "list the rounds and how they ended", _rounds)
     _reader(commands, "models", "list the versions of each task", _models)
     return parser
@@ -63,8 +64,7 @@ def _reader(
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--config", help="coordinator.toml, for the place of its store")
     where.add_argument("--store", help="the store's folder")
-    if name != "fleet":
-        parser.add_argument("--task", help="only this task")
+    parser.add_argument("--task", help="only this task")
     parser.add_argument("--json", action="store_true", help="for machines")
     parser.set_defaults(command=command)
 
@@ -98,7 +98,8 @@ def _check(args: argparse.Namespace) -> int:
                 "deadline_s": pace.deadline_s,
             }
         )
-    _show(rows, args.json, ("task", "parameters", "strategy", "cohort", "quorum", "deadline_s"))
+    columns = ("task", "parameters", "strategy", "cohort", "quorum", "deadline_s")
+    print(listing(rows, args.json, columns))
     if not args.json:
         print(f"{args.config} is sound; broker {settings.broker.rpartition('@')[2]}")
     return 0
@@ -116,7 +117,8 @@ def _verify(args: argparse.Namespace) -> int:
         raise ConfigError(f"expected a task of {args.config}, got {args.task!r}")
     found = [r for task in tasks for r in replay(settings.store, task)]
     rows = [asdict(r) | {"holds": r.holds} for r in found]
-    _show(rows, args.json, ("task", "version", "stored", "replayed", "updates", "holds"))
+    columns = ("task", "version", "stored", "replayed", "updates", "holds")
+    print(listing(rows, args.json, columns))
     broken = [r for r in found if not r.holds]
     if broken:
         raise StoreError(
@@ -126,66 +128,19 @@ def _verify(args: argparse.Namespace) -> int:
     return 0
 
 
-def _fleet(args: argparse.Namespace) -> int:
-    from coordinator import ledger
-
-    rows = ledger.fleet(_store(args))
-    _show(rows, args.json, ("id", "name", "sdk", "online", "updates", "last_seen"))
-    return 0
-
-
 def _rounds(args: argparse.Namespace) -> int:
     from coordinator import ledger
 
-    rows = ledger.rounds(_store(args), args.task)
-    _show(
-        rows,
-        args.json,
-        ("task", "number", "outcome", "version", "reported", "left", "stragglers", "late", "loss"),
-        {"loss": lambda row: row.get("metrics", {}).get("loss")},
-    )
+    rows = ledger.rounds(store_of(args), args.task)
+    columns = ("task", "number", "outcome", "version", "reported", "left", "stragglers", "late")
+    ways = {"loss": lambda row: row.get("metrics", {}).get("loss")}
+    print(listing(rows, args.json, (*columns, "loss"), ways))
     return 0
 
 
 def _models(args: argparse.Namespace) -> int:
     from coordinator import ledger
 
-    rows = ledger.models(_store(args), args.task)
-    _show(rows, args.json, ("task", "version", "round", "digest", "made_at"))
+    rows = ledger.models(store_of(args), args.task)
+    print(listing(rows, args.json, ("task", "version", "round", "digest", "made_at")))
     return 0
-
-
-def _store(args: argparse.Namespace) -> Path:
-    if args.store is not None:
-        return Path(args.store)
-    from coordinator import config
-
-    return config.load(args.config).store
-
-
-def _show(
-    rows: list[dict[str, Any]],
-    as_json: bool,
-    columns: Sequence[str],
-    derived: dict[str, Callable[[dict[str, Any]], Any]] | None = None,
-) -> None:
-    """Print rows as JSON or as a table; a list is shown by its length."""
-    if as_json:
-        print(json.dumps(rows, indent=2))
-        return
-    ways = derived or {}
-    table = [
-        [_cell(ways[name](row) if name in ways else row.get(name)) for name in columns]
-        for row in rows
-    ]
-    widths = [max(map(len, column)) for column in zip(columns, *table, strict=True)]
-    for line in [list(columns), *table]:
-        print("  ".join(cell.ljust(n) for cell, n in zip(line, widths, strict=True)).rstrip())
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, list | tuple):
-        return str(len(value))
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return "-" if value is None else str(value)

@@ -6,13 +6,14 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from coordinator import pacing, strategy
 from coordinator.pacing import Pace
+from coordinator.quarantine import Rules
 from coordinator.task import Task
 from edge_sdk.errors import ConfigError, FedgeError
 
@@ -21,7 +22,8 @@ _BROKER = re.compile(r"embedded(:[0-9]{1,5})?|mqtts?://[^\s/]+")
 _TOP = ("broker", "store", "ca_file", "username", "password_file", "client_id", "task")
 _BUDGET = ("epochs", "steps", "seconds", "batch", "lr", "mu")
 _PLAIN = ("codec", "downlink", "late", "max_norm", "max_examples", "seed")
-_TASK = ("bundle", "pace", "strategy", "budget", *_PLAIN)
+_QUARANTINE = ("strikes", "window", "rounds", "hours")
+_TASK = ("bundle", "pace", "strategy", "budget", "quarantine", *_PLAIN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,20 +113,29 @@ def _task(name: str, body: object, folder: Path) -> tuple[Task, Pace]:
     for needed in ("bundle", "pace"):
         if needed not in body:
             raise ConfigError(f"[{where}]: expected the key {needed}, got none")
-    budget = body.get("budget", {})
-    if not isinstance(budget, Mapping):
-        raise ConfigError(f"[{where}]: expected budget = {{ epochs = 1, .. }}, got {budget!r}")
-    _known(budget, _BUDGET, f"{where}.budget")
+    budget = _table(body, "budget", _BUDGET, where)
+    held = _table(body, "quarantine", _QUARANTINE, where)
     values: dict[str, Any] = {key: body[key] for key in _PLAIN if key in body} | dict(budget)
     if budget and "epochs" not in budget and ("steps" in budget or "seconds" in budget):
         values["epochs"] = None  # a budget in steps or seconds is not cut short by the default
     try:
         if "strategy" in body:
             values["strategy"] = strategy.from_spec(body["strategy"])
+        values["quarantine"] = Rules(**held)
         pace = pacing.from_spec(body["pace"])
         return Task(name, folder / _text(body, "bundle", ""), **values), pace
     except FedgeError as error:
         raise ConfigError(f"[{where}]: {error}") from error
+
+
+def _table(
+    body: Mapping[str, Any], name: str, keys: Sequence[str], where: str
+) -> Mapping[str, Any]:
+    found = body.get(name, {})
+    if not isinstance(found, Mapping):
+        raise ConfigError(f"[{where}]: expected {name} = {{ {keys[0]} = 1, .. }}, got {found!r}")
+    _known(found, keys, f"{where}.{name}")
+    return found
 
 
 def _known(found: Mapping[str, Any], keys: Iterable[str], where: str) -> None:

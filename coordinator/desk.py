@@ -16,8 +16,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from coordinator import quarantine
 from coordinator.aggregators import Report
 from coordinator.pacing import Pace
+from coordinator.quarantine import Conduct
 from coordinator.rounds import (
     Action,
     DeadlinePassed,
@@ -28,6 +30,7 @@ from coordinator.rounds import (
     Left,
     Reported,
     Round,
+    Standing,
     standing,
     step,
 )
@@ -60,6 +63,8 @@ class Verdict(NamedTuple):
     outcome: Literal["counted", "late", "stale", "refused", "duplicate"]
     reason: str = ""
     lattice: Lattice | None = None
+    is_bad: bool = False
+    """Whether it breaks bounds that its device could have kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +124,10 @@ class Desk:
     """Devices that were invited and have not been heard of since."""
     patches: list[Patch] = field(default_factory=list)
     """Those that lead to `version`, oldest first, as far back as they are worth taking."""
+    conducts: dict[str, Conduct] = field(default_factory=dict)
+    """What is held against devices."""
+    held_since: dict[str, float] = field(default_factory=dict)
+    """When this coordinator first knew each to be in quarantine, seconds."""
     base: int = 0
     """The version that the sum grows on: ahead of `version` while a commit is being stored."""
     _sum: Any = None
@@ -135,6 +144,11 @@ class Desk:
     def next_round(self) -> int:
         """The number of the round after the newest."""
         return max(self.rounds, default=0) + 1
+
+    def held(self) -> dict[str, int]:
+        """Return who sits out the next round, and until which."""
+        number = self.next_round
+        return {d: c.until for d, c in self.conducts.items() if c.is_held(number)}
 
     @property
     def recent(self) -> int:
@@ -194,6 +208,23 @@ class Desk:
             self.at_work.pop(event.device, None)
         return () if self.current is None else self._step(self.current.number, event)
 
+    def decline(self, device: str, number: int) -> tuple[Action, ...]:
+        """Expect nothing more of a device in the open round, if it is round `number`."""
+        if self.current is None or self.current.number != number:
+            return ()
+        return self.apply(Declined(device))
+
+    def paroled(self, now_s: float) -> list[str]:
+        """Return who was in quarantine for as many hours as its term may take at the most."""
+        held = self.held()
+        self.held_since = {device: self.held_since.get(device, now_s) for device in held}
+        hours = self.task.quarantine.hours
+        return [
+            device
+            for device, since_s in self.held_since.items()
+            if now_s - since_s >= 3600 * hours * self.conducts[device].doubled()
+        ]
+
     def expire(self) -> tuple[Action, ...]:
         """Let the deadline of the open round pass."""
         return self.apply(DeadlinePassed())
@@ -204,30 +235,44 @@ class Desk:
         if r is None:
             return Verdict("stale", f"round {update.round} is not among the last {self.recent}")
         stands = standing(r, device)
+        return (
+            self._judge_sender(r, device, stands)
+            or self._judge_age(r, stands)
+            or self._judge_body(r, update, "late" if stands == "late" else "counted")
+        )
+
+    def _judge_sender(self, r: Round, device: str, stands: Standing) -> Verdict | None:
         if stands == "refused":
             return Verdict("refused", f"{device} was not invited to round {r.number}")
         if stands == "duplicate":
             return Verdict("duplicate")
+        if (held := self.conducts.get(device)) and held.is_held(self.next_round):
+            return Verdict("refused", quarantine.says(held))
+        return None
+
+    def _judge_age(self, r: Round, stands: Standing) -> Verdict | None:
         if stands == "late" and self.task.late == "refuse":
             return Verdict("stale", f"round {r.number} is over and this task takes no late updates")
         behind, most = self.base - r.version, self.pace.max_staleness
         if most is not None and behind > most:
             return Verdict("stale", f"{behind} versions behind, this task takes up to {most}")
-        return self._judge_body(r, update, stands)
+        return None
 
     def _judge_body(self, r: Round, update: Update, outcome: Literal["counted", "late"]) -> Verdict:
         if update.version != r.version:
             return Verdict("refused", f"round {r.number} starts from version {r.version}")
         if update.examples < 1:
-            return Verdict("refused", "expected an update from at least one example")
+            reason = "expected an update from at least one example"
+            return Verdict("refused", reason, is_bad=True)
         try:
             lattice = codec.lattice(update.body, self.bundle.shapes)
         except CodecError as error:
-            return Verdict("refused", str(error))
+            return Verdict("refused", str(error), is_bad=True)
         norm = codec.norm(lattice)
         if not norm <= self.task.max_norm:
             limit = self.task.max_norm
-            return Verdict("refused", f"expected a delta of L2 norm up to {limit:g}, got {norm:g}")
+            reason = f"expected a delta of L2 norm up to {limit:g}, got {norm:g}"
+            return Verdict("refused", reason, is_bad=True)
         return Verdict(outcome, "", lattice)
 
     def fold(self, update: StoredUpdate, lattice: Lattice) -> tuple[Action, ...]:
@@ -338,6 +383,7 @@ class Desk:
 def begin(task: Task, bundle: Bundle, pace: Pace, resumed: Resumed, now_s: float = 0.0) -> Desk:
     """Rebuild a task from the store: the same rounds, the same sum, nothing counted twice."""
     desk = Desk(task, bundle, pace, resumed.call, resumed.version, base=resumed.version.number)
+    desk.conducts |= resumed.conducts
     desk._restart_sum()  # noqa: SLF001  # its own maker
     for patch in resumed.patches:
         desk._remember(patch)  # noqa: SLF001

@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of the devices: keys, who is online, who checked in, how many complete. Pure."""
+"""What is known of the devices: keys, who is online, who may take part, who checked in. Pure."""
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from enum import IntEnum
+
+from coordinator.tags import Where
+from edge_sdk.bounds import Tag
 
 REPORTS = 200
 """How many reports the times that they took are remembered of."""
@@ -23,6 +28,30 @@ class Known:
     sdk: str = ""
     online: bool = False
     boot: int = 0
+    tags: Mapping[str, Tag] = field(default_factory=dict)
+    """What it says of itself."""
+    number: int = -1
+    """Its place among all devices ever seen, in the order of their coming; -1 until it has one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Who may take part in a task: the devices of a list, and those whose tags hold to `where`."""
+
+    devices: frozenset[str] | None = None
+    where: Where | None = None
+
+
+class Standing(IntEnum):
+    """What a device is to a task at a moment: why it may be drawn for a round, or why not."""
+
+    UNKNOWN = 0
+    UNLISTED = 1
+    UNTAGGED = 2
+    HELD = 3
+    OFFLINE = 4
+    UNREADY = 5
+    READY = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +73,11 @@ class Fleet:
     """For each task, what its latest reports took from invitation to arrival, seconds."""
     heard: set[str] = field(default_factory=set)
     """Devices whose status came since this coordinator started."""
+    assigned: dict[str, dict[str, Tag]] = field(default_factory=dict)
+    """Tags that the operator gave to devices; they win over what these say of themselves."""
+    entries: dict[str, Entry] = field(default_factory=dict)
+    held: dict[str, dict[str, int]] = field(default_factory=dict)
+    """For each task, who is in quarantine, and the first round that each may be invited to."""
     _ready: dict[str, set[str]] = field(default_factory=dict)
 
     def status(self, seen: Known) -> bool:
@@ -55,7 +89,8 @@ class Fleet:
         before = self.devices.get(seen.device)
         if before is not None and seen.boot < before.boot and not seen.online:
             return False
-        self.devices[seen.device] = seen
+        number = len(self.devices) if before is None else before.number
+        self.devices[seen.device] = replace(seen, number=number)
         self.heard.add(seen.device)
         if before is not None and seen.boot > before.boot:
             for ready in self.checked_in.values():
@@ -66,7 +101,8 @@ class Fleet:
 
     def remember(self, known: Known) -> None:
         """Take in a device from the store: its key is known, whether it is online is not."""
-        self.devices.setdefault(known.device, replace(known, online=False))
+        number = known.number if known.number >= 0 else len(self.devices)
+        self.devices.setdefault(known.device, replace(known, online=False, number=number))
 
     def check_in(self, task: str, device: str, call: int, examples: int) -> None:
         """Note that `device` stands ready for `task`; it stays so until withdrawn or recalled."""
@@ -101,8 +137,60 @@ class Fleet:
         """Return who checked in for `task` and is online. Not to be changed by the caller."""
         return self._ready.setdefault(task, set())
 
+    def admit(self, task: str, entry: Entry) -> None:
+        """Say who may take part in a task."""
+        self.entries[task] = entry
+        self._sort_all(task)
+
+    def assign(self, tags: Mapping[str, Mapping[str, Tag]]) -> None:
+        """Take in all tags that the operator gave, for each device."""
+        changed = {d for d in self.assigned.keys() | tags if self.assigned.get(d) != tags.get(d)}
+        self.assigned = {device: dict(given) for device, given in tags.items()}
+        for task in self.checked_in:
+            for device in changed:
+                self._sort_in(task, device)
+
+    def hold(self, task: str, held: Mapping[str, int]) -> None:
+        """Say who is in quarantine, until which round."""
+        before, self.held[task] = self.held.get(task, {}), dict(held)
+        for device in before.keys() ^ held.keys():
+            self._sort_in(task, device)
+
+    def tags_of(self, device: str) -> dict[str, Tag]:
+        """Return the tags of a device: its name and version, what it says, what was assigned."""
+        known = self.devices.get(device)
+        said = {"name": known.name, "sdk": known.sdk, **known.tags} if known else {}
+        return said | self.assigned.get(device, {})
+
+    def standing(self, task: str, device: str) -> Standing:
+        """Return what a device is to a task now."""
+        if device not in self.devices:
+            return Standing.UNKNOWN
+        entry = self.entries.get(task)
+        if entry is not None and entry.devices is not None and device not in entry.devices:
+            return Standing.UNLISTED
+        if entry is not None and entry.where and not entry.where.holds(self.tags_of(device)):
+            return Standing.UNTAGGED
+        if device in self.held.get(task, ()):
+            return Standing.HELD
+        if not self.is_online(device):
+            return Standing.OFFLINE
+        is_in = device in self.checked_in.get(task, ())
+        return Standing.READY if is_in else Standing.UNREADY
+
+    def standings(self, task: str) -> bytes:
+        """Return the standing of every device as one byte each, at its number."""
+        found = bytearray(1 + max((known.number for known in self.devices.values()), default=-1))
+        for device, known in self.devices.items():
+            found[known.number] = self.standing(task, device)
+        return bytes(found)
+
+    def _sort_all(self, task: str) -> None:
+        for device in self.checked_in.get(task, ()):
+            self._sort_in(task, device)
+
     def _sort_in(self, task: str, device: str) -> None:
-        if device in self.checked_in.get(task, {}) and self.is_online(device):
+        if self.standing(task, device) is Standing.READY:
             self.ready(task).add(device)
         else:
             self.ready(task).discard(device)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, cast
 
 from coordinator.desk import Desk, Verdict
+from coordinator.docket import Refusal
 from coordinator.fleet import Fleet, Known
 from coordinator.publishing import Publisher
 from coordinator.rounds import Action, Declined, Left, Returned
@@ -122,7 +123,7 @@ class Intake:
         status = cast("Status", message)
         if not signed.by(status.key):
             raise MessageError("the status is not signed with the key that it shows")
-        seen = Known(status.device, status.key, status.name, status.sdk, status.online, status.boot)
+        seen = _known(status)
         before = self.fleet.devices.get(seen.device)
         if before is not None and before.key != seen.key:  # first come, first trusted
             self._complain(seen.device, "forged", MessageError("the device has another key"))
@@ -136,6 +137,7 @@ class Intake:
             desk.changed.set()
         if (parked := self._parked.pop(seen.device, None)) is not None:
             self.take(*parked)
+        seen = self.fleet.devices[seen.device]
         return None if before == seen else self._remember(seen)
 
     async def _remember(self, seen: Known) -> None:
@@ -211,25 +213,57 @@ class Intake:
 
     async def _counted(self, desk: Desk, device: str, update: Update, signed: Signed) -> Receipt:
         verdict = desk.judge(device, update)
-        self._release(desk, device, update.round)
+        took_s = self._release(desk, device, update.round)
         receipt = Receipt(update.round, signed.id, verdict.outcome, verdict.reason)
         if verdict.outcome == "duplicate":
             counted = await self._store.counted(desk.task.name, update.round, device)
             return Receipt(update.round, signed.id, "duplicate", "", counted)
         if verdict.lattice is None:
+            refusal = Refusal(
+                round=update.round,
+                device=device,
+                hash=signed.id,
+                outcome="stale" if verdict.outcome == "stale" else "refused",
+                reason=verdict.reason[:200],
+                is_bad=verdict.is_bad,
+                during=desk.next_round - 1,
+                size=len(signed.frame),
+                took_s=took_s,
+            )
+            await self._refuse(desk, refusal)
             return receipt
-        stored = _stored(device, update, signed, verdict)
+        stored = _stored(device, update, signed, verdict, took_s)
         answer = await self._store.count(desk.task.name, stored)
         if not answer.is_new:
             return Receipt(update.round, signed.id, "duplicate", "", answer.hash)
         self._act(desk, desk.fold(stored, verdict.lattice))
         return receipt
 
-    def _release(self, desk: Desk, device: str, number: int) -> None:
-        """Note that a device is done with its round, and what it took."""
-        if (errand := desk.release(device, number)) is not None:
-            self.fleet.took(desk.task.name, self._now_s() - errand.since_s)
-            desk.changed.set()
+    async def _refuse(self, desk: Desk, refusal: Refusal) -> None:
+        """Keep a refusal, and hold it against the device if the update was bad."""
+        task, device = desk.task, refusal.device
+        held = await self._store.refuse(task.name, refusal, task.quarantine)
+        if held is not None:
+            desk.conducts[device] = held
+            if held.is_held(desk.next_round):
+                self.counters["quarantined"] += 1
+                desk.held_since.pop(device, None)
+                self.fleet.hold(task.name, desk.held())
+                log.warning(
+                    "quarantine task=%s device=%s until_round=%d terms=%d reason=%s",
+                    *(task.name, device, held.until, held.terms, held.reason),
+                )
+        if refusal.outcome == "refused":  # nothing else will come of it for this round
+            self._act(desk, desk.decline(device, refusal.round))
+
+    def _release(self, desk: Desk, device: str, number: int) -> float | None:
+        """Note that a device is done with its round; return what it took, seconds, if known."""
+        if (errand := desk.release(device, number)) is None:
+            return None
+        took_s = self._now_s() - errand.since_s
+        self.fleet.took(desk.task.name, took_s)
+        desk.changed.set()
+        return took_s
 
     def _complain(self, device: str, cause: str, error: Exception) -> None:
         self.counters[cause] += 1
@@ -241,7 +275,14 @@ class Intake:
         log.warning("message %s device=%s reason=%s", cause, device, error, exc_info=trace)
 
 
-def _stored(device: str, update: Update, signed: Signed, verdict: Verdict) -> StoredUpdate:
+def _known(status: Status) -> Known:
+    s = status
+    return Known(s.device, s.key, s.name, s.sdk, s.online, s.boot)
+
+
+def _stored(
+    device: str, update: Update, signed: Signed, verdict: Verdict, took_s: float | None
+) -> StoredUpdate:
     return StoredUpdate(
         round=update.round,
         device=device,
@@ -254,4 +295,5 @@ def _stored(device: str, update: Update, signed: Signed, verdict: Verdict) -> St
         size=len(signed.frame),
         outcome="late" if verdict.outcome == "late" else "counted",
         blob=update.body,
+        took_s=took_s,
     )

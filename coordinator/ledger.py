@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from coordinator.schema import check
+from coordinator import docket
+from coordinator.schema import MIGRATIONS, check
 from edge_sdk.errors import StoreError
 from edge_sdk.types import Array
 
@@ -22,16 +23,28 @@ DATABASE = "coordinator.db"
 def fleet(folder: str | Path) -> list[dict[str, Any]]:
     """Return every device ever seen: id, name, sdk, online, counted updates, when last seen (UTC).
 
+    `tags` are those in force, `quarantine` has the tasks in which the device sits out: the first
+    round that it may be invited to again, how often it was set aside, and why.
     Raises: StoreError when there is no store, or it is not ours.
     """
-    return _rows(
+    rows = _rows(
         folder,
         """SELECT device AS id, name, sdk, online,
         (SELECT count(*) FROM updates u WHERE u.device = d.device) AS updates,
         datetime(first_seen, 'unixepoch') AS first_seen,
-        datetime(last_seen, 'unixepoch') AS last_seen
+        datetime(last_seen, 'unixepoch') AS last_seen, said
         FROM devices d ORDER BY device""",
     )
+    with reading(folder) as db:
+        orders, newest = docket.orders(db), dict(db.execute(_NEWEST).fetchall())
+    for row in rows:
+        row["tags"] = json.loads(row.pop("said")) | orders.tags.get(row["id"], {})
+        row["quarantine"] = {
+            task: {"until_round": held.until, "terms": held.terms, "reason": held.reason}
+            for task, devices in orders.conducts.items()
+            if (held := devices.get(row["id"])) and held.is_held(newest.get(task, 0) + 1)
+        }
+    return rows
 
 
 def rounds(folder: str | Path, task: str | None = None) -> list[dict[str, Any]]:
@@ -95,6 +108,9 @@ def weights(folder: str | Path, task: str, version: int) -> Array:
     return np.frombuffer(row[0], "<f4").astype(np.float32)
 
 
+_NEWEST = "SELECT task, max(round) FROM rounds GROUP BY task"
+
+
 def _opened(row: dict[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = json.loads(row["result"])
     kept = {name: value for name, value in row.items() if name != "result"}
@@ -109,17 +125,49 @@ def _rows(folder: str | Path, query: str, *values: object) -> list[dict[str, Any
 
 
 @contextmanager
+def ordering(folder: str | Path) -> Iterator[sqlite3.Connection]:
+    """Open a store's database for one change by its operator, kept if the block ends well.
+
+    A coordinator may be at work: it heeds the change within seconds.
+    Raises: StoreError when there is no store, it is not ours, or it cannot be written.
+    """
+    file = _existing(folder)
+    try:
+        with closing(sqlite3.connect(file, isolation_level=None, timeout=10.0)) as db:
+            _require_newest(check(db))
+            db.execute("PRAGMA synchronous = FULL")
+            db.execute("BEGIN IMMEDIATE")
+            yield db
+            db.execute("COMMIT")
+    except sqlite3.Error as error:
+        raise StoreError(f"cannot write {file}: {error}") from error
+
+
+def _require_newest(at: int) -> None:
+    if at < len(MIGRATIONS):
+        raise StoreError(
+            f"this store has schema {at}, this fedge reads {len(MIGRATIONS)}: start this fedge's "
+            "coordinator once, which brings it up to date"
+        )
+
+
+def _existing(folder: str | Path) -> Path:
+    file = Path(folder) / DATABASE
+    if not file.exists():
+        raise StoreError(f"expected a coordinator's store at {file}, there is none")
+    return file
+
+
+@contextmanager
 def reading(folder: str | Path) -> Iterator[sqlite3.Connection]:
     """Open a store's database for reading.
 
     Raises: StoreError when there is no store, or it is not ours.
     """
-    file = Path(folder) / DATABASE
-    if not file.exists():
-        raise StoreError(f"expected a coordinator's store at {file}, there is none")
+    file = _existing(folder)
     try:
         with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as db:
-            check(db)
+            _require_newest(check(db))
             yield db
     except sqlite3.Error as error:
         raise StoreError(f"cannot read {file}: {error}") from error

@@ -67,7 +67,7 @@ class Conduct:
 
     def doubled(self) -> int:
         """How many times the first term the latest one is."""
-        return 2 ** min(max(self.terms - 1, 0), MOST_DOUBLINGS)
+        return 1 << min(max(self.terms - 1, 0), MOST_DOUBLINGS)
 
 
 def strike(before: Conduct, number: int, rules: Rules, reason: str) -> Conduct:
@@ -88,11 +88,6 @@ def strike(before: Conduct, number: int, rules: Rules, reason: str) -> Conduct:
 def release(before: Conduct, number: int) -> Conduct:
     """Let a device take part from round `number` on, on parole: its terms are not forgotten."""
     return replace(before, strikes=(), until=min(before.until, number))
-
-
-def pardon(before: Conduct) -> Conduct:
-    """Forget all that was held against a device, as an operator may."""
-    return replace(before, strikes=(), terms=0, until=0, reason="")
 
 
 def says(held: Conduct) -> str:

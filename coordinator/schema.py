@@ -83,6 +83,62 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "ALTER TABLE versions ADD COLUMN target BLOB",
         "ALTER TABLE versions ADD COLUMN patch BLOB",
     ),
+    (
+        # said: tags by the device itself, as JSON; number: its place in the order of coming, by
+        # which the standings of a round are laid out.
+        "ALTER TABLE devices ADD COLUMN said TEXT NOT NULL DEFAULT '{}'",
+        "ALTER TABLE devices ADD COLUMN number INTEGER NOT NULL DEFAULT -1",
+        """UPDATE devices SET number =
+            (SELECT count(*) FROM devices AS earlier WHERE earlier.device < devices.device)""",
+        """CREATE TABLE tags (
+            device TEXT NOT NULL,
+            tag TEXT NOT NULL,
+            value TEXT NOT NULL,
+            UNIQUE (device, tag)
+        )""",
+        # standings: zlib of one byte a device, why it could be drawn or not; took_s: from the
+        # invitation to the arrival of the update, null where the invitation was not seen.
+        "ALTER TABLE rounds ADD COLUMN standings BLOB",
+        "ALTER TABLE updates ADD COLUMN took_s REAL",
+        # Updates that were answered and not counted; during: the task's newest round then.
+        """CREATE TABLE refusals (
+            task TEXT NOT NULL,
+            device TEXT NOT NULL,
+            round INTEGER NOT NULL,
+            hash BLOB NOT NULL CHECK (length(hash) = 16),
+            outcome TEXT NOT NULL CHECK (outcome IN ('stale', 'refused')),
+            reason TEXT NOT NULL,
+            is_bad INTEGER NOT NULL,
+            during INTEGER NOT NULL,
+            size INTEGER NOT NULL,
+            took_s REAL,
+            refused_at INTEGER NOT NULL DEFAULT (CAST(strftime('%s', 'now') AS INTEGER)),
+            UNIQUE (task, device, hash)
+        )""",
+        # strikes: rounds, as a JSON list; until: the first round that it may be invited to again.
+        """CREATE TABLE quarantine (
+            task TEXT NOT NULL,
+            device TEXT NOT NULL,
+            strikes TEXT NOT NULL,
+            terms INTEGER NOT NULL,
+            until INTEGER NOT NULL,
+            reason TEXT NOT NULL,
+            changed_at INTEGER NOT NULL DEFAULT (CAST(strftime('%s', 'now') AS INTEGER)),
+            UNIQUE (task, device)
+        )""",
+        # Messages in whose handling the coordinator failed; is_dead: not tried again.
+        """CREATE TABLE letters (
+            hash BLOB PRIMARY KEY CHECK (length(hash) = 16),
+            topic TEXT NOT NULL,
+            size INTEGER NOT NULL,
+            head BLOB NOT NULL,
+            error TEXT NOT NULL,
+            attempts INTEGER NOT NULL,
+            is_dead INTEGER NOT NULL,
+            first_at INTEGER NOT NULL DEFAULT (CAST(strftime('%s', 'now') AS INTEGER)),
+            last_at INTEGER NOT NULL DEFAULT (CAST(strftime('%s', 'now') AS INTEGER))
+        ) WITHOUT ROWID""",
+    ),
 )
 
 

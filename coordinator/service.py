@@ -33,6 +33,7 @@ from coordinator.rounds import Action, Declined, Invite, Left, Round, begin
 from coordinator.store import Store, StoredRound
 from coordinator.task import Task
 from coordinator.versions import first_version
+from coordinator.warden import Warden
 from coordinator.writer import ContradictionError
 from edge_sdk import params as tensors
 from edge_sdk import topics
@@ -110,6 +111,9 @@ class Coordinator:
             )
             for known in await self._store.devices():
                 self.fleet.remember(known)
+            self._warden = Warden(self._store, self._intake, self._clock)
+            await self._warden.heed()
+            stack.push_async_callback(_cancelled, asyncio.create_task(self._warden.keep()))
             reader = asyncio.create_task(self._read(link), name="fedge-intake")
             stack.push_async_callback(self._stop, reader)
             await link.subscribe(topics.status_filter())
@@ -200,13 +204,14 @@ class Coordinator:
         self._running.add(task.name)
         try:
             bundle = task.load()
-            self.fleet.recall(task.name)
             await self._settled()  # an update on its way into an earlier loop of the same task
             first = first_version(task, bundle)
             digest = bytes.fromhex(bundle.digest)
             recent = max(desks.RECENT, (pace.max_staleness or 0) + 1)
             resumed = await self._store.resume(task.name, digest, first, recent)
             desk = desks.begin(task, bundle, pace, resumed, self._clock.monotonic())
+            self.fleet.recall(task.name)
+            self._warden.hold(desk)
             self._intake.desks[task.name] = desk
             await self._link.subscribe(topics.up_filter(task.name))
             self._note_absent(desk)
@@ -259,6 +264,7 @@ class Coordinator:
         quorum_since: float | None = None
         while True:
             desk.changed.clear()
+            self._warden.hold(desk)
             ready, now = self.fleet.ready(desk.task.name), self._clock.monotonic()
             if len(ready) < pace.quorum:
                 quorum_since = None
@@ -275,6 +281,7 @@ class Coordinator:
         """Wait until somebody is idle and the pace has room for them."""
         while True:
             desk.changed.clear()
+            self._warden.hold(desk)
             chosen = self._idle(desk, seed)
             if chosen:
                 return chosen
@@ -427,6 +434,11 @@ class Coordinator:
             for task in late:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 async def _guarded(work: Coroutine[Any, Any, None]) -> None:

@@ -10,16 +10,22 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
+from coordinator import docket
+from coordinator.docket import Orders, Refusal
 from coordinator.fleet import Known
+from coordinator.quarantine import Conduct, Rules
 from coordinator.writer import ContradictionError, Writer, Writing
 from edge_sdk.bounds import MAX_PATCHES
 from edge_sdk.errors import ConfigError, StoreError
 
+STANDINGS_KEPT = 64
+"""Rounds of a task of which it is kept why each device could be drawn or not."""
 SET_ASIDE = -1
 """`folded` of an update that no version will hold: its sum was not finite."""
 
@@ -60,6 +66,8 @@ class StoredRound:
     deadline_s: float
     seed: int
     state: str = "open"
+    standings: bytes = b""
+    """What every device was to the task then, see `fleet.Fleet.standings`; empty when read back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +85,8 @@ class StoredUpdate:
     size: int
     outcome: Literal["counted", "late"]
     blob: bytes
+    took_s: float | None = None
+    """From the invitation to the arrival, seconds; None where the invitation was not seen."""
 
 
 class Counted(NamedTuple):
@@ -98,6 +108,8 @@ class Resumed:
     reports: tuple[StoredUpdate, ...]
     patches: tuple[Patch, ...] = ()
     """Those that lead to `version`, oldest first."""
+    conducts: Mapping[str, Conduct] = field(default_factory=dict)
+    """What is held against devices."""
 
 
 class Store:
@@ -122,6 +134,7 @@ class Store:
         else:
             self._writer = path
         self._keep = keep
+        self._ordered_at = -1
 
     @property
     def transactions(self) -> int:
@@ -134,13 +147,18 @@ class Store:
 
     async def remember(self, known: Known) -> None:
         """Keep a device's key and its newest status. The id is derived from the key."""
-        row = (known.device, known.key, known.name, known.sdk, known.boot, known.online)
+        said = json.dumps(dict(known.tags), sort_keys=True)
+        named = (known.device, known.key, known.name, known.sdk, known.boot, known.online)
+        row = (*named, said, known.number)
         await self._writer.run(lambda db: db.execute(_REMEMBER, row))
 
     async def devices(self) -> list[Known]:
-        """Return every device ever seen."""
+        """Return every device ever seen, in the order of their coming."""
         rows = await self._writer.run(lambda db: db.execute(_DEVICES).fetchall(), urgent=True)
-        return [Known(d, key, name, sdk, bool(up), boot) for d, key, name, sdk, up, boot in rows]
+        return [
+            Known(d, key, name, sdk, bool(up), boot, json.loads(said), number)
+            for d, key, name, sdk, up, boot, said, number in rows
+        ]
 
     async def resume(self, task: str, bundle: bytes, first: Version, recent: int = 16) -> Resumed:
         """Create the task with version 0 or find it as it was left, and begin a new call.
@@ -164,7 +182,8 @@ class Store:
             oldest = min((r.number for r in rounds), default=0)
             reports = tuple(StoredUpdate(*row) for row in db.execute(_REPORTS, (task, oldest)))
             patches = _patches(db, task, version.number)
-            return Resumed(call, version, rounds, pending, reports, patches)
+            conducts = docket.orders(db).conducts.get(task, {})
+            return Resumed(call, version, rounds, pending, reports, patches, conducts)
 
         return await self._writer.run(work, urgent=True)
 
@@ -176,7 +195,13 @@ class Store:
         """Begin a round: from here on it survives a restart."""
         cohort = json.dumps(sorted(r.cohort))
         row = (task, r.number, r.version, cohort, r.quorum, r.goal, r.deadline_s, r.seed)
-        await self._writer.run(lambda db: db.execute(_OPEN_ROUND, row), urgent=True)
+        standings = zlib.compress(r.standings, 1) if r.standings else None
+
+        def work(db: sqlite3.Connection) -> None:
+            db.execute(_OPEN_ROUND, (*row, standings))
+            db.execute(_PRUNE_STANDINGS, (task, r.number - STANDINGS_KEPT))
+
+        await self._writer.run(work, urgent=True)
 
     async def join_round(self, task: str, number: int, cohort: Iterable[str]) -> None:
         """Store who takes part in an open round from now on.
@@ -197,13 +222,33 @@ class Store:
         def work(db: sqlite3.Connection) -> Counted:
             u = update
             row = (task, u.round, u.device, u.hash, u.version, u.examples, u.steps, u.loss)
-            done = db.execute(_COUNT, (*row, u.seconds, u.size, u.outcome, u.blob))
+            done = db.execute(_COUNT, (*row, u.seconds, u.size, u.outcome, u.blob, u.took_s))
             if done.rowcount == 1:
                 return Counted(is_new=True, outcome=u.outcome, hash=u.hash)
             outcome, digest = db.execute(_COUNTED, (task, u.round, u.device)).fetchone()
             return Counted(is_new=False, outcome=outcome, hash=digest)
 
         return await self._writer.run(work)
+
+    async def refuse(self, task: str, refusal: Refusal, rules: Rules) -> Conduct | None:
+        """Keep a refusal; return what is held against its device if that changed."""
+        return await self._writer.run(lambda db: docket.refuse(db, task, refusal, rules))
+
+    async def hold(self, task: str, device: str, held: Conduct) -> None:
+        """Keep what is held against a device."""
+        await self._writer.run(lambda db: docket.keep(db, task, device, held), urgent=True)
+
+    async def orders(self) -> Orders | None:
+        """Return what operators ordered; None if nobody else wrote since it was last asked."""
+
+        def work(db: sqlite3.Connection) -> Orders | None:
+            at = int(db.execute("PRAGMA data_version").fetchone()[0])
+            if at == self._ordered_at:
+                return None
+            self._ordered_at = at
+            return docket.orders(db)
+
+        return await self._writer.run(work, urgent=True)
 
     async def counted(self, task: str, number: int, device: str) -> bytes | None:
         """Return the hash of the update of `device` that counts for a round; None for none."""
@@ -273,11 +318,13 @@ class Store:
         db.execute(_PRUNE_UPDATES, limit)
 
 
-_REMEMBER = """INSERT INTO devices (device, key, name, sdk, boot, online) VALUES (?, ?, ?, ?, ?, ?)
+_REMEMBER = """INSERT INTO devices (device, key, name, sdk, boot, online, said, number)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?)
     ON CONFLICT (device) DO UPDATE SET name = excluded.name, sdk = excluded.sdk,
-    boot = excluded.boot, online = excluded.online,
+    boot = excluded.boot, online = excluded.online, said = excluded.said,
     last_seen = CAST(strftime('%s', 'now') AS INTEGER)"""
-_DEVICES = "SELECT device, key, name, sdk, online, boot FROM devices ORDER BY device"
+_DEVICES = """SELECT device, key, name, sdk, online, boot, said, number FROM devices
+    ORDER BY number, device"""
 _NEWEST = """SELECT version, round, digest, params, optimizer,
     coalesce(target, x''), coalesce(patch, x'') FROM versions
     WHERE task = ? ORDER BY version DESC LIMIT 1"""
@@ -296,12 +343,14 @@ _REPORTS = """SELECT
     round, device, hash, version, examples, steps, loss, seconds, size, outcome, x''
     FROM updates WHERE task = ? AND round >= ? ORDER BY round, device"""
 _OPEN_ROUND = """INSERT INTO rounds
-    (task, round, version, state, cohort, quorum, goal, deadline_s, seed)
-    VALUES (?, ?, ?, 'open', ?, ?, ?, ?, ?)"""
+    (task, round, version, state, cohort, quorum, goal, deadline_s, seed, standings)
+    VALUES (?, ?, ?, 'open', ?, ?, ?, ?, ?, ?)"""
+_PRUNE_STANDINGS = """UPDATE rounds SET standings = NULL
+    WHERE task = ? AND round <= ? AND standings IS NOT NULL"""
 _JOIN_ROUND = "UPDATE rounds SET cohort = ? WHERE task = ? AND round = ? AND state = 'open'"
 _COUNT = """INSERT INTO updates (
-    task, round, device, hash, version, examples, steps, loss, seconds, size, outcome, blob)
-    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (task, round, device) DO NOTHING"""
+    task, round, device, hash, version, examples, steps, loss, seconds, size, outcome, blob, took_s)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (task, round, device) DO NOTHING"""
 _COUNTED = "SELECT outcome, hash FROM updates WHERE task = ? AND round = ? AND device = ?"
 _PATCHES = """SELECT version, digest, patch FROM versions
     WHERE task = ? AND version > ? AND patch IS NOT NULL ORDER BY version DESC"""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from coordinator.quarantine import Rules
 from coordinator.strategy import Strategy, fedavg
 from coordinator.sums import MAX_EXAMPLES
 from edge_sdk import codec as codecs
@@ -41,6 +42,7 @@ class Task:
             "refuse" tells the device that it came too late.
         max_norm: an update whose delta has a larger L2 norm is refused.
         max_examples: one update never weighs more than this many examples.
+        quarantine: when a device whose updates are bad sits out, and for how long.
         seed: of cohorts and of what devices draw.
 
     Raises: ConfigError when a setting is out of bounds or the codec makes no sense.
@@ -60,6 +62,7 @@ class Task:
     late: Literal["fold", "refuse"] = "fold"
     max_norm: float = 1000.0
     max_examples: int = MAX_EXAMPLES
+    quarantine: Rules = field(default_factory=Rules)
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.quarantine import Conduct, Rules, pardon, release, says, strike
+from coordinator.quarantine import Conduct, Rules, release, says, strike
 from edge_sdk.errors import ConfigError
 
 RULES = Rules(strikes=3, window=10, rounds=5)
@@ -60,12 +60,11 @@ def test_while_it_is_held_nothing_adds_to_it() -> None:
     assert after(2, 3, 4, before=held) == held
 
 
-def test_released_is_on_parole_and_pardoned_is_new() -> None:
+def test_released_is_on_parole() -> None:
     held = after(1, 1, 1)
     free = release(held, 3)
     assert not free.is_held(3)
     assert after(4, before=free).terms == 2
-    assert pardon(held) == Conduct()
     assert release(Conduct(), 3) == Conduct()
 
 
