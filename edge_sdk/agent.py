@@ -25,8 +25,10 @@ from edge_sdk.errand import Errand, Errands, budget
 from edge_sdk.errors import FedgeError, MessageError, RefusedError, StoreError
 from edge_sdk.failpoints import Failpoints
 from edge_sdk.fetching import Fetching
+from edge_sdk.limits import Limits
 from edge_sdk.local import Local
 from edge_sdk.messages import Invite, Missing, Offer, Part, Receipt
+from edge_sdk.meter import Meter, within
 from edge_sdk.model import Model
 from edge_sdk.outbox import Outbox
 from edge_sdk.session import Session, Unreceipted, next_due, step
@@ -61,6 +63,7 @@ class Settings:
     threads: int = 1
     engine: str = "auto"
     root: Path = Path("/")
+    limits: Limits = Limits()  # noqa: RUF009 - frozen, as the value is
     pinned: bytes | None = None
     """The one coordinator key to trust; without it, the first one seen."""
 
@@ -115,11 +118,15 @@ class Agent:
         self._queue: queue.SimpleQueue[Thunk | None] = queue.SimpleQueue()
         self._queued_bytes, self._queue_lock = 0, threading.Lock()
         self._invites: dict[int, Invite] = {}
-        self._fetching = Fetching(settings.task, store, local, transport)
+        usage = store.folder / "usage.json"
+        self._meter = Meter(usage, settings.limits, clock, settings.root, store.disk)
+        self._may_train = settings.conditions & within(settings.limits)
+        self._fetching = Fetching(settings.task, store, local, transport, self._may_take)
         self._errand = errands(trainer, store.train, self._on_trained)
         self._offer: Offer | None = None
         self._trained: dict[int, TrainResult] = {}
         self._in_training: set[str] = set()  # digests of what the child reads
+        self._training_since = 0.0
         self._conditions_at = self._status_at = self._bad_logged_at = float("-inf")
         self._lapsed: tuple[str, ...] = ()
         self._written: dict[str, Any] = {}
@@ -151,6 +158,9 @@ class Agent:
             self._thread.join(STOP_PATIENCE_S)
         self._errand.cancel()  # what had begun meanwhile
         self._errand.join(STOP_PATIENCE_S)
+        self._fetching.close()
+        self._count()
+        self._meter.close()
         self._written = {}
         self._write_status()
 
@@ -185,6 +195,7 @@ class Agent:
             "error_threshold": self._local.threshold,
             "ready": session.is_ready,
             "conditions_lapsed": list(self._lapsed),
+            "today": self._meter.status(),
             "rounds": self.tally.rounds,
             "receipts": dict(self.tally.receipts),
             "last_receipt": self.tally.last_receipt,
@@ -210,7 +221,7 @@ class Agent:
         self._queue.put(lambda: self._received(topic, payload, arrived_at))
 
     def _on_state(self, is_up: bool) -> None:
-        self._queue.put(self._connected if is_up else lambda: [ev.Disconnected()])
+        self._queue.put(self._connected if is_up else self._disconnected)
 
     # --- the thread ---------------------------------------------------------------------------
     def _run(self) -> None:
@@ -273,8 +284,12 @@ class Agent:
     def _connected(self) -> list[ev.Event]:
         topic = topics.status(self._key.id)
         self._transport.publish(topic, hello(self._key, self._settings, online=True), retain=True)
-        self._fetching.tidy()
+        self._fetching.connected(self._clock.monotonic())
         return [ev.Connected()]
+
+    def _disconnected(self) -> list[ev.Event]:
+        self._fetching.disconnected(self._clock.monotonic())
+        return [ev.Disconnected()]
 
     def _received(self, topic: str, payload: bytes, arrived_at: float) -> list[ev.Event]:
         with self._queue_lock:
@@ -284,6 +299,7 @@ class Agent:
         match message:
             case Offer():
                 self._offer = message
+                self._fetching.offered(self._clock.monotonic())
                 return [_offered(message)]
             case Invite():
                 return self._invited(message, arrived_at)
@@ -324,14 +340,28 @@ class Agent:
         busy = self._settings.threads if self._in_training else 0
         around = Surroundings(self._settings.root, examples, busy)
         try:
-            lapsed = self._settings.conditions.lapsed(around)
+            lapsed = self._may_train.lapsed(around)
         except Exception:  # a condition is the app's code: its failure must not end ours
             log.exception("a condition failed, taken as not holding")
             lapsed = ("failed",)
+        self._count()
+        lapsed += self._meter.lapsed(self._update_bytes())
         if lapsed != self._lapsed:
             log.info("conditions lapsed=%s", ",".join(lapsed) or "none")
         self._lapsed = lapsed
         return [ev.ConditionsChanged(not lapsed, examples)]
+
+    def _count(self) -> None:
+        counters = self._transport.counters
+        self._meter.count(counters.bytes_up + counters.bytes_down)
+
+    def _may_take(self, size: int) -> bool:
+        self._count()
+        return size <= self._meter.left_bytes
+
+    def _update_bytes(self) -> float:
+        bundle = self._local.bundle
+        return float(bundle.manifest["cost"].get("bytes_update", 0)) if bundle else 0.0
 
     # --- what to do ---------------------------------------------------------------------------
     def _do(self, action: ev.Action) -> list[ev.Event]:
@@ -350,7 +380,8 @@ class Agent:
             case ev.Submit(round_):
                 return self._submit(round_)
             case ev.Resend(update):
-                self._uploads.resend(update)
+                if self._may_take(1):
+                    self._uploads.resend(update)
             case ev.Drop(update, accepted):
                 self._uploads.settle(update, accepted=accepted)
                 self._write_status()
@@ -394,7 +425,7 @@ class Agent:
             bundle=self._store.bundle_path(model.bundle),
             weights=self._store.weights_path(model.weights),
             samples=self._local.samples_path,
-            budget=budget(invite, current.deadline_at - self._session.now),
+            budget=budget(invite, current.deadline_at - self._session.now, self._meter.left_s),
             seed=invite.seed,
             threads=self._settings.threads,
             engine=self._settings.engine,
@@ -402,6 +433,8 @@ class Agent:
         )
         log.info("training round=%d version=%d", round_, model.version)
         self._in_training = {model.bundle, model.weights}
+        self._training_since = self._clock.monotonic()
+        self._meter.will_train(job.budget.seconds or 0.0)
         self._errand.begin(round_, job)
         return []
 
@@ -411,6 +444,7 @@ class Agent:
 
     def _training_ended(self, round_: int, result: TrainResult | str) -> list[ev.Event]:
         self._in_training = set()
+        self._meter.trained(self._clock.monotonic() - self._training_since)
         if isinstance(result, str):
             log.warning("training failed round=%d reason=%s", round_, result)
             return [ev.TrainFailed(round_)]

@@ -15,6 +15,9 @@ from edge_sdk.errors import MessageError
 from edge_sdk.messages import MAX_FRAME, MAX_TRANSFER, OVERHEAD, Chunk, Part, slice_of
 
 MIN_PACKET = 512
+PART_PACKET = 8192
+"""A part's packet: three seconds of a link of 20 kbit/s."""
+MANY_PARTS = 256
 _Key: TypeAlias = tuple[str, bytes]  # source, hash of the frame
 _HEADER = 120  # no chunk or part has a longer header
 
@@ -32,11 +35,16 @@ def parts(
     data: bytes,
     digest: bytes,
     version: int,
-    max_packet: int = MAX_FRAME,
+    max_packet: int | None = None,
 ) -> list[Part]:
-    """Cut a bundle, weights or a patch into parts to be retained; `digest` as in `Part`."""
+    """Cut a bundle, weights or a patch into parts to be retained; `digest` as in `Part`.
+
+    One packet must pass a slow link well within a keepalive, and what is lost when a connection
+    is cut is a packet: so parts are small, unless there would be more of them than a broker
+    queues for a client.
+    """
     size = len(data)
-    count = slices(size, max_packet)
+    count = slices(size, max_packet or min(MAX_FRAME, max(PART_PACKET, -(-size // MANY_PARTS))))
     cuts = (slice_of(i, count, size) for i in range(count))
     return [Part(what, digest, version, i, count, size, data[cut]) for i, cut in enumerate(cuts)]
 
@@ -171,17 +179,35 @@ class Parts:
 
         Raises: MessageError when the whole does not hash to the offer's digest; all is dropped.
         """
-        if (part.what, part.size) != (self.what, self.size) or not self._is_it(part):
+        if not self.fits(part):
             return None
         if part.count != self._count:  # the coordinator cut it anew: begin again
             self._count, self._held = part.count, {}
         self._held[part.index] = part.body
         return self._whole() if len(self._held) == self._count else None
 
-    def _is_it(self, part: Part) -> bool:
+    def fits(self, part: Part) -> bool:
+        """Say whether a part is of this offer."""
+        if (part.what, part.size) != (self.what, self.size):
+            return False
         if self.version is not None:
             return part.version == self.version
         return part.digest == self.digest
+
+    def is_same(self, other: Parts) -> bool:
+        """Say whether both gather the same."""
+        mine = self.what, self.digest, self.size, self.version
+        return mine == (other.what, other.digest, other.size, other.version)
+
+    @property
+    def count(self) -> int:
+        """How many slices there are; 0 until the first one tells."""
+        return self._count
+
+    @property
+    def left(self) -> int:
+        """How many bytes have not come."""
+        return self.size - sum(map(len, self._held.values()))
 
     @property
     def missing(self) -> list[int] | None:

@@ -70,8 +70,9 @@ class Device:
         ca_file, username, password: for the broker.
         error_quantile: for an anomaly detector (loss mse): `status` then tells `error_threshold`,
             the error that this share of the stored examples stays within.
-        limits: the most that a bundle may take here. A bundle beyond them, or one that fails the
-            other checks, is never run: `status` says why, and the device waits for another.
+        limits: the most that a bundle may take here, and learning in a day. A bundle beyond them,
+            or one that fails the other checks, is never run: `status` says why, and the device
+            waits for another. At a limit of the day it takes part in no round until the next.
         connect, trainer, clock, root: ports, for tests and simulation.
 
     Raises: ConfigError, BundleError, StoreError or EngineError when it cannot work as asked.
@@ -123,6 +124,7 @@ class Device:
                 threads=threads,
                 engine=engine,
                 root=root,
+                limits=limits or Limits(),
                 pinned=_key(coordinator_key),
             )
             self._local = Local(

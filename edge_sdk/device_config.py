@@ -180,6 +180,12 @@ def _number(value: object, _: Path) -> float:
     return float(value)
 
 
+def _flag(value: object, _: Path) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
 def _path(value: object, folder: Path) -> Path:
     return folder / Path(_text(value, folder)).expanduser()
 
@@ -199,6 +205,7 @@ READERS: dict[str, tuple[Callable[[object, Path], object], str]] = {
     "str": (_text, "text"),
     "int": (_count, "a whole number of at least 1"),
     "float": (_number, "a number"),
+    "bool": (_flag, "true or false"),
     "Path": (_path, "a path"),
     "bytes": (_key, "64 hex digits"),
     "Condition": (_conditions, "a list of conditions"),

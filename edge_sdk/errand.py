@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -73,9 +74,15 @@ class Errand:
             self._ended(round_, " ".join(str(error).split()))
 
 
-def budget(invite: Invite, left_s: float) -> Budget:
-    """Return the invitation's budget, with an end in time for the update to count."""
-    seconds = max(1.0, SHARE_OF_DEADLINE * left_s)
+def budget(invite: Invite, left_s: float, today_s: float = math.inf) -> Budget:
+    """Return the invitation's budget, with an end in time for the update to count.
+
+    Args:
+        invite: the round's.
+        left_s: how long it is to the deadline.
+        today_s: how long there may be training yet today.
+    """
+    seconds = max(1.0, min(SHARE_OF_DEADLINE * left_s, today_s))
     return Budget(
         epochs=invite.epochs,
         steps=invite.steps,

@@ -116,6 +116,8 @@ def _check_declared(manifest: Mapping[str, Any], size: int, limits: Limits) -> N
             limit, what = "max_ram_bytes", f"bytes of memory ({name})"
         if limit:
             _check_limit(limit, what, value, limits)
+        if name == "bytes_update" and limits.max_bytes_per_day is not None:
+            _check_limit("max_bytes_per_day", what, value, limits)
 
 
 def _check_memory(manifest: Mapping[str, Any], train: GraphView, limits: Limits) -> None:
