@@ -21,7 +21,7 @@ from typing import Any
 from edge_sdk import events as ev
 from edge_sdk import footprint, messages, topics
 from edge_sdk.conditions import Condition, Surroundings, always
-from edge_sdk.errand import Errand, Errands, budget
+from edge_sdk.errand import Errand, Errands
 from edge_sdk.errors import FedgeError, MessageError, RefusedError, StoreError
 from edge_sdk.failpoints import Failpoints
 from edge_sdk.fetching import Fetching
@@ -31,10 +31,11 @@ from edge_sdk.messages import Invite, Missing, Offer, Part, Receipt
 from edge_sdk.meter import Meter, within
 from edge_sdk.model import Model
 from edge_sdk.outbox import Outbox
-from edge_sdk.session import Session, Unreceipted, next_due, step
+from edge_sdk.session import Retry, Session, Unreceipted, next_due, step
 from edge_sdk.signing import Identity
+from edge_sdk.stint import Stint
 from edge_sdk.store import Store
-from edge_sdk.training import LocalTraining, TrainJob, TrainResult
+from edge_sdk.training import CHECKPOINT_S, LocalTraining
 from edge_sdk.transport import Transport
 from edge_sdk.trust import Trust
 from edge_sdk.types import Clock
@@ -47,7 +48,6 @@ STATUS_EVERY_S = 30.0
 STOP_PATIENCE_S = 3.0
 MAX_QUEUED_BYTES = 32 * 2**20
 LOG_BAD_EVERY_S = 60.0
-INVITES_KEPT = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,7 @@ class Settings:
     threads: int = 1
     engine: str = "auto"
     root: Path = Path("/")
+    checkpoint_s: float = CHECKPOINT_S
     limits: Limits = Limits()  # noqa: RUF009 - frozen, as the value is
     pinned: bytes | None = None
     """The one coordinator key to trust; without it, the first one seen."""
@@ -75,7 +76,6 @@ class Tally:
     rounds: int = 0
     receipts: Counter[str] = field(default_factory=Counter)
     bad_frames: int = 0
-    child_peak_kib: int = 0
     last_receipt: dict[str, Any] | None = None
 
 
@@ -114,19 +114,30 @@ class Agent:
             max_packet=lambda: getattr(transport, "max_packet", messages.MAX_FRAME),
         )
         self._trust = Trust(store, settings.pinned)
-        self._session = self._first_session()
         self._queue: queue.SimpleQueue[Thunk | None] = queue.SimpleQueue()
         self._queued_bytes, self._queue_lock = 0, threading.Lock()
-        self._invites: dict[int, Invite] = {}
         usage = store.folder / "usage.json"
         self._meter = Meter(usage, settings.limits, clock, settings.root, store.disk)
         self._may_train = settings.conditions & within(settings.limits)
         self._fetching = Fetching(settings.task, store, local, transport, self._may_take)
-        self._errand = errands(trainer, store.train, self._on_trained)
+        self._stint = Stint(
+            store=store,
+            local=local,
+            uploads=self._uploads,
+            meter=self._meter,
+            clock=clock,
+            failpoints=failpoints,
+            later=self._queue.put,
+            trainer=trainer,
+            errands=errands,
+            limits=settings.limits,
+            threads=settings.threads,
+            engine=settings.engine,
+            root=settings.root,
+            checkpoint_s=settings.checkpoint_s,
+        )
+        self._session = self._first_session()
         self._offer: Offer | None = None
-        self._trained: dict[int, TrainResult] = {}
-        self._in_training: set[str] = set()  # digests of what the child reads
-        self._training_since = 0.0
         self._conditions_at = self._status_at = self._bad_logged_at = float("-inf")
         self._lapsed: tuple[str, ...] = ()
         self._written: dict[str, Any] = {}
@@ -140,6 +151,8 @@ class Agent:
 
     def begin(self) -> None:
         """Connect, and leave it to the caller to take turns: for simulation."""
+        if self._session.round is not None:
+            self.poke()  # whether it may go on is asked before an offer is heard
         self._transport.subscribe(
             topics.offer(self._settings.task),
             topics.down_filter(self._settings.task, self._key.id),
@@ -153,11 +166,11 @@ class Agent:
     def stop(self) -> None:
         """End the training under way and the thread; at most a few seconds."""
         self._queue.put(None)
-        self._errand.cancel()
+        self._stint.cancel()
         if self._thread.is_alive():
             self._thread.join(STOP_PATIENCE_S)
-        self._errand.cancel()  # what had begun meanwhile
-        self._errand.join(STOP_PATIENCE_S)
+        self._stint.cancel()  # what had begun meanwhile
+        self._stint.join(STOP_PATIENCE_S)
         self._fetching.close()
         self._count()
         self._meter.close()
@@ -207,7 +220,8 @@ class Agent:
             "messages_down": counters.messages_down,
             "dropped": counters.dropped,
             "rss_peak_kib": footprint.peak_kib(),
-            "child_rss_peak_kib": self.tally.child_peak_kib,
+            "child_rss_peak_kib": self._stint.peak_kib,
+            "training": self._stint.status(),
             "boot": self._settings.boot,
         }
 
@@ -314,9 +328,9 @@ class Agent:
 
     def _invited(self, invite: Invite, arrived_at: float) -> list[ev.Event]:
         self._failpoints.reach("invited")
-        self._invites[invite.round] = invite
-        for old in sorted(self._invites)[:-INVITES_KEPT]:
-            del self._invites[old]
+        self._stint.invited(invite)
+        self._count()
+        self._meter.round_began()
         left_s = invite.deadline_s - (self._clock.monotonic() - arrived_at)
         event = ev.Invited(invite.round, invite.version, invite.model, max(0.0, left_s))
         return [*self._conditions(), event]
@@ -331,13 +345,15 @@ class Agent:
             "outcome": receipt.outcome,
             "reason": receipt.reason,
         }
+        self._count()
+        self._meter.round_ended()
         self._failpoints.reach("on_receipt")
         return [ev.Receipted(receipt.update, receipt.outcome, receipt.counted)]
 
     def _conditions(self) -> list[ev.Event]:
         self._conditions_at = self._clock.monotonic()
         examples = self._local.examples
-        busy = self._settings.threads if self._in_training else 0
+        busy = self._settings.threads if self._stint.in_use else 0
         around = Surroundings(self._settings.root, examples, busy)
         try:
             lapsed = self._may_train.lapsed(around)
@@ -373,12 +389,8 @@ class Agent:
                 return self._fetching.begin(action, bundle, self._offer, now)
             case ev.SwitchModel():
                 return self._switch(action)
-            case ev.Train(round_):
-                return self._train(round_)
-            case ev.StopTraining():
-                self._errand.cancel()
-            case ev.Submit(round_):
-                return self._submit(round_)
+            case ev.Train() | ev.StopTraining() | ev.Submit() | ev.Abandon():
+                return self._do_round(action)
             case ev.Resend(update):
                 if self._may_take(1):
                     self._uploads.resend(update)
@@ -403,7 +415,7 @@ class Agent:
             log.warning("model refused version=%d reason=%s", action.version, error)
             return [ev.ModelRefused(action.bundle, action.model)]
         log.info("model in use version=%d weights=%s", model.version, model.weights[:12])
-        self._store.forget_models({model.bundle, model.weights} | self._in_training)
+        self._store.forget_models({model.bundle, model.weights} | self._stint.in_use)
         self._write_status()
         try:
             self._on_updated(model)
@@ -411,73 +423,23 @@ class Agent:
             log.exception("when_updated failed, going on")
         return [ev.ModelReady(action.bundle, action.model, action.version)]
 
-    def _train(self, round_: int) -> list[ev.Event]:
-        model, invite, current = self._local.model, self._invites.get(round_), self._session.round
-        bundle = self._local.bundle
-        if model is None or invite is None or current is None or bundle is None:
-            return [ev.TrainFailed(round_)]
-        try:
-            anchor = self._uploads.anchor(invite, model.weights, bundle)
-        except StoreError as error:
-            log.warning("training not begun round=%d reason=%s", round_, error)
-            return [ev.TrainFailed(round_)]
-        job = TrainJob(
-            bundle=self._store.bundle_path(model.bundle),
-            weights=self._store.weights_path(model.weights),
-            samples=self._local.samples_path,
-            budget=budget(invite, current.deadline_at - self._session.now, self._meter.left_s),
-            seed=invite.seed,
-            threads=self._settings.threads,
-            engine=self._settings.engine,
-            anchor=anchor,
-        )
-        log.info("training round=%d version=%d", round_, model.version)
-        self._in_training = {model.bundle, model.weights}
-        self._training_since = self._clock.monotonic()
-        self._meter.will_train(job.budget.seconds or 0.0)
-        self._errand.begin(round_, job)
+    def _do_round(
+        self, action: ev.Train | ev.StopTraining | ev.Submit | ev.Abandon
+    ) -> list[ev.Event]:
+        match action:
+            case ev.Train(round_):
+                current = self._session.round
+                left_s = current.deadline_at - self._session.now if current else 0.0
+                return self._stint.begin(round_, left_s)
+            case ev.StopTraining():
+                self._stint.cancel()
+            case ev.Submit(round_):
+                events = self._stint.submit(round_)
+                self.tally.rounds += sum(isinstance(event, ev.Sent) for event in events)
+                return events
+            case ev.Abandon(round_):
+                self._stint.abandon(round_)
         return []
-
-    def _on_trained(self, round_: int, result: TrainResult | str) -> None:
-        """Called from the training's thread."""
-        self._queue.put(partial(self._training_ended, round_, result))
-
-    def _training_ended(self, round_: int, result: TrainResult | str) -> list[ev.Event]:
-        self._in_training = set()
-        self._meter.trained(self._clock.monotonic() - self._training_since)
-        if isinstance(result, str):
-            log.warning("training failed round=%d reason=%s", round_, result)
-            return [ev.TrainFailed(round_)]
-        self._trained = {round_: result}
-        self.tally.child_peak_kib = max(self.tally.child_peak_kib, result.peak_bytes >> 10)
-        log.info(
-            "trained round=%d steps=%d seconds=%.1f loss=%.4f stopped_by=%s",
-            round_,
-            result.steps,
-            result.seconds,
-            result.loss,
-            result.stopped_by,
-        )
-        self._failpoints.reach("after_train")
-        return [ev.Trained(round_)]
-
-    def _submit(self, round_: int) -> list[ev.Event]:
-        result, invite, bundle = (
-            self._trained.pop(round_, None),
-            self._invites.get(round_),
-            self._local.bundle,
-        )
-        if result is None or invite is None or bundle is None:
-            return [ev.TrainFailed(round_)]
-        try:
-            update = self._uploads.submit(invite, result, bundle)
-        except FedgeError as error:
-            log.warning("update not made round=%d reason=%s", round_, error)
-            return [ev.TrainFailed(round_)]
-        finally:
-            self._store.clear_training()
-        self.tally.rounds += 1
-        return [ev.Sent(update, round_)]
 
     # --- the rest -----------------------------------------------------------------------------
     def _first_session(self) -> Session:
@@ -486,6 +448,8 @@ class Agent:
         if model is not None:
             parts = bytes.fromhex(model.bundle), bytes.fromhex(model.weights)
             ready = ev.ModelReady(*parts, model.version)
+        unreceipted = tuple(Unreceipted(w.update, w.round) for w in self._outbox)
+        resumed = self._stint.resumed(u.round for u in unreceipted)
         return Session(
             min_examples=self._settings.min_examples,
             now=self._clock.monotonic(),
@@ -493,7 +457,10 @@ class Agent:
             weights=ready.model if ready else b"",
             model=ready,
             refused_bundle=bytes.fromhex(refused["bundle"]) if refused else b"",
-            unreceipted=tuple(Unreceipted(w.update, w.round) for w in self._outbox),
+            unreceipted=unreceipted,
+            round=resumed,
+            declined=self._stint.has_let_go,
+            train_retry=Retry() if resumed else self._stint.retry,
         )
 
     def _bad(self, reason: str) -> None:

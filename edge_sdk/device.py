@@ -24,7 +24,7 @@ from edge_sdk.model import Model
 from edge_sdk.model_file import ModelFile
 from edge_sdk.outbox import DEFAULT_CAP_BYTES, Outbox
 from edge_sdk.store import Store, default_state
-from edge_sdk.training import ChildTrainer, LocalTraining
+from edge_sdk.training import CHECKPOINT_S, ChildTrainer, LocalTraining
 from edge_sdk.transport import Transport
 from edge_sdk.types import Clock
 
@@ -73,6 +73,8 @@ class Device:
         limits: the most that a bundle may take here, and learning in a day. A bundle beyond them,
             or one that fails the other checks, is never run: `status` says why, and the device
             waits for another. At a limit of the day it takes part in no round until the next.
+        checkpoint_s: how often a training under way is kept on disk: one that is killed goes on
+            from there. 0 is never.
         connect, trainer, clock, root: ports, for tests and simulation.
 
     Raises: ConfigError, BundleError, StoreError or EngineError when it cannot work as asked.
@@ -100,6 +102,7 @@ class Device:
         outbox_bytes: int = DEFAULT_CAP_BYTES,
         error_quantile: float | None = None,
         limits: Limits | None = None,
+        checkpoint_s: float = CHECKPOINT_S,
         connect: Connect | None = None,
         trainer: LocalTraining | None = None,
         clock: Clock = time,
@@ -125,6 +128,7 @@ class Device:
                 engine=engine,
                 root=root,
                 limits=limits or Limits(),
+                checkpoint_s=checkpoint_s,
                 pinned=_key(coordinator_key),
             )
             self._local = Local(

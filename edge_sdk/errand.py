@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +14,14 @@ from typing import Protocol, TypeAlias
 
 from edge_sdk.errors import FedgeError
 from edge_sdk.messages import Invite
-from edge_sdk.training import Budget, LocalTraining, TrainJob, TrainResult
+from edge_sdk.training import Budget, LocalTraining, TrainFailed, TrainJob, TrainResult
+
+log = logging.getLogger(__name__)
 
 SHARE_OF_DEADLINE = 0.8  # training ends by then, so that its update can still be counted
 DEFAULT_BATCH = 32
 
-Ended = Callable[[int, TrainResult | str], None]
+Ended = Callable[[int, TrainResult | TrainFailed], None]
 
 
 class Running(Protocol):
@@ -69,9 +73,27 @@ class Errand:
 
     def _run(self, round_: int, job: TrainJob, cancel: threading.Event) -> None:
         try:
-            self._ended(round_, self._trainer.train(job, cancel))
+            self._ended(round_, self._trained(job, cancel))
+        except TrainFailed as failed:
+            self._ended(round_, failed)
         except (FedgeError, OSError, ValueError, TypeError) as error:
-            self._ended(round_, " ".join(str(error).split()))
+            self._ended(round_, TrainFailed(" ".join(str(error).split())))
+
+    def _trained(self, job: TrainJob, cancel: threading.Event) -> TrainResult:
+        """Train; once more, from where it stood, when somebody killed the training process."""
+        began_s = time.monotonic()
+        try:
+            return self._trainer.train(job, cancel)
+        except TrainFailed as failed:
+            if failed.kind != "killed" or cancel.is_set() or job.budget.seconds is None:
+                raise
+            left_s = job.budget.seconds - (time.monotonic() - began_s)
+            if left_s <= 0:
+                raise
+            log.warning("training goes on from its checkpoint reason=%s", failed.reason)
+            return self._trainer.train(
+                replace(job, budget=replace(job.budget, seconds=left_s)), cancel
+            )
 
 
 def budget(invite: Invite, left_s: float, today_s: float = math.inf) -> Budget:

@@ -209,6 +209,13 @@ class Submit:
 
 
 @dataclass(frozen=True, slots=True)
+class Abandon:
+    """This round gets no update of ours: forget what was kept of it. The coordinator is told."""
+
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
 class Resend:
     """Send this update again: no receipt has come."""
 
@@ -223,4 +230,6 @@ class Drop:
     accepted: bool
 
 
-Action: TypeAlias = CheckIn | Fetch | SwitchModel | Train | StopTraining | Submit | Resend | Drop
+Action: TypeAlias = (
+    CheckIn | Fetch | SwitchModel | Train | StopTraining | Submit | Abandon | Resend | Drop
+)

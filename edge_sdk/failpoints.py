@@ -19,7 +19,7 @@ from edge_sdk.errors import ConfigError
 log = logging.getLogger(__name__)
 
 VARIABLE = "FEDGE_FAILPOINTS"
-DEVICE = ("invited", "after_train", "before_last_chunk", "after_send", "on_receipt")
+DEVICE = ("invited", "training", "after_train", "before_last_chunk", "after_send", "on_receipt")
 CHILD = ("checkpoint",)
 """In the training process, each time that it has kept where it stands."""
 COORDINATOR = ("before_commit", "after_commit")

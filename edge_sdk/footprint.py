@@ -48,6 +48,11 @@ def oom_kills(vmstat: Path = Path("/proc/vmstat")) -> int:
     return _field(vmstat, "oom_kill ")
 
 
+def boot_id(root: Path = Path("/")) -> str:
+    """Return what the kernel calls this boot; "" where it does not say."""
+    return _text(root / "proc/sys/kernel/random/boot_id").strip()
+
+
 def cap_growth(most_bytes: int, status: Path = Path("/proc/self/status")) -> None:
     """Let this process allocate `most_bytes` more than now, and no more; refused, not killed.
 

@@ -107,6 +107,12 @@ class Local:
         return samples.total if samples is not None else 0
 
     @property
+    def samples_bytes(self) -> int:
+        """How much room the examples take."""
+        samples = self._samples
+        return len(samples) * samples.layout.record_bytes if samples is not None else 0
+
+    @property
     def samples_path(self) -> Path:
         """Where the examples are."""
         if self._samples is None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from edge_sdk.events import (
+    Abandon,
     Action,
     BundleRefused,
     CheckIn,
@@ -46,6 +47,8 @@ RESEND_LONGEST_S = 600.0
 RETRY_FIRST_S = 5.0
 RETRY_LONGEST_S = 600.0
 CHECK_IN_AGAIN_S = 900.0  # a broker may lose a check-in that it acknowledged
+REFUSED_KEPT = 8
+OFFER_PATIENCE_S = 10.0  # after a restart, for word of whether the round that we were at goes on
 
 
 class Phase(Enum):
@@ -64,6 +67,8 @@ class Round:
     invite: Invited
     deadline_at: float
     phase: Phase = Phase.INVITED
+    resumed_at: float | None = None
+    """When the process started that found the round begun by the one before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +110,7 @@ class Session:
     model: ModelReady | None = None  # in use
     fetching: Fetch | None = None
     switching: SwitchModel | None = None
-    refused: bytes = b""  # weights that made no working model: not tried again
+    refused: tuple[bytes, ...] = ()  # weights that made no working model: not tried again
     refused_bundle: bytes = b""  # will not run here: its offers are declined
     fetch_retry: Retry = Retry()
     train_retry: Retry = Retry()
@@ -119,12 +124,20 @@ class Session:
     def is_ready(self) -> bool:
         """Whether an invitation would be taken up now."""
         return (
-            self.may_train
-            and self.examples >= self.min_examples
-            and self.now >= self.train_retry.at
+            self.can_train
             and self.offer is not None
             and self.model is not None
             and self.model.bundle == self.offer.bundle
+            and self.offer.model not in self.refused
+        )
+
+    @property
+    def can_train(self) -> bool:
+        """Whether nothing here stands against training now."""
+        return (
+            self.may_train
+            and self.examples >= self.min_examples
+            and self.now >= self.train_retry.at
         )
 
 
@@ -146,6 +159,8 @@ def next_due(state: Session) -> float | None:
         times.append(state.stands_at + CHECK_IN_AGAIN_S)
     if state.round is not None and state.round.phase is Phase.INVITED:
         times.append(state.round.deadline_at)
+        if state.round.resumed_at is not None and state.offer is None:
+            times.append(state.round.resumed_at + OFFER_PATIENCE_S)
     elif state.round is not None and state.round.phase is Phase.TRAINING and state.following:
         times.append(_overdue_at(state.round))
     return min(times, default=None)
@@ -166,6 +181,8 @@ def _learn(state: Session, event: Event) -> tuple[Session, tuple[Action, ...]]: 
             return _bundle_refused(state, bundle), ()
         case Trained():
             return _trained(state, event)
+        case TrainFailed():
+            return _train_failed(state, event)
         case Receipted():
             return _receipted(state, event)
         case _:
@@ -174,7 +191,7 @@ def _learn(state: Session, event: Event) -> tuple[Session, tuple[Action, ...]]: 
 
 def _surroundings(
     state: Session,
-    event: Tick | Connected | Disconnected | ConditionsChanged | TrainFailed | Sent,
+    event: Tick | Connected | Disconnected | ConditionsChanged | Sent,
 ) -> Session:
     match event:
         case Tick(now):
@@ -185,8 +202,6 @@ def _surroundings(
             return replace(state, is_online=False, stands=None)
         case ConditionsChanged(hold, examples):
             return replace(state, may_train=hold, examples=examples)
-        case TrainFailed():
-            return _train_failed(state, event)
         case Sent():
             return _sent(state, event)
 
@@ -212,8 +227,10 @@ def _invited(state: Session, invite: Invited) -> Session:
         return state
     fresh = Round(invite, state.now + invite.deadline_s)
     current = state.round
-    if current is None or (current.phase is Phase.INVITED and invite.round > current.invite.round):
-        return replace(state, round=fresh)
+    if current is None or (current.phase is Phase.INVITED and _is_news(current, invite)):
+        is_again = current is not None and current.invite.round == invite.round
+        since = current.resumed_at if current is not None and is_again else None
+        return replace(state, round=replace(fresh, resumed_at=since))
     waiting = state.following.invite.round if state.following else current.invite.round
     return replace(state, following=fresh) if invite.round > waiting else state
 
@@ -238,7 +255,8 @@ def _switch_ended(state: Session, event: ModelReady | ModelRefused | SwitchFaile
         return replace(state, bundle=b"", weights=b"", fetch_retry=retry)
     if isinstance(event, ModelReady):
         return replace(state, model=event, bundle=event.bundle, weights=event.model)
-    return replace(state, refused=event.model)
+    refused = tuple(weights for weights in state.refused if weights != event.model)
+    return replace(state, refused=(*refused, event.model)[-REFUSED_KEPT:])
 
 
 def _bundle_refused(state: Session, bundle: bytes) -> Session:
@@ -258,11 +276,12 @@ def _trained(state: Session, event: Trained) -> tuple[Session, tuple[Action, ...
     return replace(state, round=submitting), (Submit(event.round),)
 
 
-def _train_failed(state: Session, event: TrainFailed) -> Session:
+def _train_failed(state: Session, event: TrainFailed) -> tuple[Session, tuple[Action, ...]]:
     if state.round is None or state.round.invite.round != event.round:
-        return state
-    retry = state.train_retry.after(state.now)
-    return replace(state, round=None, declined=True, train_retry=retry)
+        return state, ()
+    state = replace(state, train_retry=state.train_retry.after(state.now))
+    state, actions = _give_up(state, event.round)
+    return state, tuple(actions)
 
 
 def _sent(state: Session, event: Sent) -> Session:
@@ -301,7 +320,7 @@ def _plan_model(state: Session) -> tuple[Session, list[Action]]:
 
 
 def _wants(state: Session, offer: Offered) -> bool:
-    if offer.model == state.refused or offer.bundle == state.refused_bundle:
+    if offer.model in state.refused or offer.bundle == state.refused_bundle:
         return False
     model = state.model
     return model is None or (model.bundle, model.model, model.version) != (
@@ -333,23 +352,34 @@ def _plan_round(state: Session) -> tuple[Session, list[Action]]:
 
 
 def _take_up(state: Session, current: Round) -> tuple[Session, list[Action]]:
-    model, offer = state.model, state.offer
-    is_gone = offer is not None and offer.version > current.invite.version
-    if is_gone or state.now >= current.deadline_at:  # said, so that nobody waits for us in vain
-        return replace(state, round=None, declined=True), []
-    if not state.is_ready:
-        return replace(state, round=None, declined=True), []
-    if model is None or model.model != current.invite.model:
+    model, offer, invite = state.model, state.offer, current.invite
+    newest = max([known.version for known in (model, offer) if known is not None], default=0)
+    if newest > invite.version or state.now >= current.deadline_at:
+        return _give_up(state, invite.round)
+    if offer is None and current.resumed_at is not None:
+        if state.now < current.resumed_at + OFFER_PATIENCE_S:
+            return state, []  # it says whether the round goes on
+        is_ready = state.can_train
+    else:
+        is_ready = state.is_ready
+    if not is_ready:
+        return _give_up(state, invite.round)
+    if model is None or model.model != invite.model:
         return state, []  # its weights are on the way
     training = replace(current, phase=Phase.TRAINING)
-    return replace(state, round=training), [Train(current.invite.round)]
+    return replace(state, round=training), [Train(invite.round)]
+
+
+def _give_up(state: Session, round_: int) -> tuple[Session, list[Action]]:
+    """Let go of the round under way, and say so, that nobody waits for us in vain."""
+    return replace(state, round=None, declined=True), [Abandon(round_)]
 
 
 def _plan_check_in(state: Session) -> tuple[Session, list[Action]]:
     offer, declined = state.offer, state.declined
-    state = replace(state, declined=False)
     if offer is None or not offer.is_open or not state.is_online:
         return replace(state, stands=None), []
+    state = replace(state, declined=False)
     ready, stands = state.is_ready, state.stands
     is_old = stands is not None and state.now >= state.stands_at + CHECK_IN_AGAIN_S
     stood = stands is not None and stands.ready
@@ -374,6 +404,12 @@ def _plan_resend(state: Session) -> tuple[Session, list[Action]]:
 
 def _again(u: Unreceipted, now: float) -> Unreceipted:
     return replace(u, due_at=now + u.wait_s, wait_s=min(2 * u.wait_s, RESEND_LONGEST_S))
+
+
+def _is_news(current: Round, invite: Invited) -> bool:
+    """Whether an invitation takes the place of one that nothing was done about yet."""
+    is_again = invite.round == current.invite.round and current.resumed_at is not None
+    return is_again or invite.round > current.invite.round
 
 
 def _is_training(current: Round) -> bool:

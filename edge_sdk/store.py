@@ -9,6 +9,7 @@ damaged is set aside under the name ``*.damaged``, logged, and what can be had a
     model.json        what predictions use     residual.bin      the codec's state
     outbox/           updates without receipt  samples/          examples: never leave the board
     train/            the training child's     boot, lock, status.json
+    round.json        the round under way      setbacks.json     what memory allows
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ from edge_sdk import files
 from edge_sdk.bundle import Bundle
 from edge_sdk.errors import BundleError, StoreError
 from edge_sdk.files import SYSTEM, Disk
+from edge_sdk.setbacks import Setbacks
 from edge_sdk.signing import DeviceKey
 from edge_sdk.types import Spec
+from edge_sdk.underway import UnderWay
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -213,10 +216,31 @@ class Store:
             if path.stem not in kept:
                 files.remove(path, self.disk)
 
-    def clear_training(self) -> None:
-        """Delete what the training child left."""
+    def under_way(self) -> UnderWay | None:
+        """Return the round that was taken up and not yet answered, if there is one."""
+        return self._read(self.folder / "round.json", UnderWay.from_bytes)
+
+    def set_under_way(self, taken: UnderWay) -> None:
+        """Remember a round that is taken up."""
+        self._write(self.folder / "round.json", taken.to_bytes())
+
+    def forget_under_way(self) -> None:
+        """Let go of it."""
+        files.remove(self.folder / "round.json", self.disk)
+
+    def setbacks(self) -> Setbacks | None:
+        """Return what is known of the memory that trainings find here."""
+        return self._read(self.folder / "setbacks.json", _setbacks)
+
+    def set_setbacks(self, known: Setbacks) -> None:
+        """Remember that."""
+        self._write_json("setbacks.json", asdict(known))
+
+    def clear_training(self, keep: str = "") -> None:
+        """Delete what the training child left, but the file of the name `keep`."""
         for path in self._named(self.train, ""):
-            files.remove(path, self.disk)
+            if path.name != keep:
+                files.remove(path, self.disk)
 
     def _make_folders(self) -> None:
         for folder in (self.folder, self.samples, self.outbox, self.train, self._bundles):
@@ -312,3 +336,11 @@ def _model_name(data: bytes) -> ModelName:
     if not isinstance(name.version, int):
         raise TypeError(f"expected a version number, got {name.version!r}")
     return name
+
+
+def _setbacks(data: bytes) -> Setbacks:
+    found = Setbacks(**json.loads(data))
+    counts = (found.in_a_row, found.good, found.patience, found.batch or 1)
+    if not isinstance(found.bundle, str) or not all(type(n) is int and n >= 0 for n in counts):
+        raise ValueError("expected counts")
+    return found

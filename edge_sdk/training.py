@@ -20,7 +20,15 @@ from typing import Any, Protocol
 
 from edge_sdk.child import HANG_S, Child, TrainFailed
 
-__all__ = ["Budget", "ChildTrainer", "LocalTraining", "TrainFailed", "TrainJob", "TrainResult"]
+__all__ = [
+    "CHECKPOINT_S",
+    "Budget",
+    "ChildTrainer",
+    "LocalTraining",
+    "TrainFailed",
+    "TrainJob",
+    "TrainResult",
+]
 
 CHECKPOINT_S = 30.0
 _LEAN = {  # set before the child loads anything; measured: a thread pool fewer, no telemetry

@@ -88,7 +88,7 @@ def test_a_device_with_too_few_examples_never_checks_in_and_declines() -> None:
     state, actions = run(state, e.ConditionsChanged(hold=True, examples=4))
     assert actions == []
     _, actions = run(state, INVITE)
-    assert actions == [e.CheckIn(1, ready=False, examples=4)]
+    assert actions == [e.Abandon(1), e.CheckIn(1, ready=False, examples=4)]
 
 
 def test_a_closed_task_gets_no_check_in_but_its_model_is_brought() -> None:
@@ -121,13 +121,15 @@ def test_an_invitation_whose_weights_never_come_ends_at_its_deadline() -> None:
     state, _ = run(ready(), e.Invited(2, 2, W2, 60.0))
     assert next_due(state) == 60.0
     state, actions = run(state, e.Tick(60.0))
-    assert (state.round, actions) == (None, [e.CheckIn(1, ready=False, examples=10), READY])
+    said = [e.Abandon(2), e.CheckIn(1, ready=False, examples=10), READY]
+    assert (state.round, actions) == (None, said)
 
 
 def test_an_invitation_to_a_model_already_replaced_is_let_go() -> None:
     state, _ = run(ready(), replace(OFFER, version=2, model=W2))
     state, actions = run(state, INVITE)
-    assert (state.round, actions) == (None, [e.CheckIn(1, ready=False, examples=10), READY])
+    said = [e.Abandon(1), e.CheckIn(1, ready=False, examples=10), READY]
+    assert (state.round, actions) == (None, said)
 
 
 def test_training_is_submitted_once() -> None:
@@ -146,7 +148,7 @@ def test_training_stops_when_conditions_lapse_and_what_it_has_is_sent() -> None:
 
 def test_failed_training_declines_then_waits_longer_each_time() -> None:
     state, actions = run(training(), e.TrainFailed(1))
-    assert actions == [e.CheckIn(1, ready=False, examples=10)]
+    assert actions == [e.Abandon(1), e.CheckIn(1, ready=False, examples=10)]
     assert next_due(state) == session.RETRY_FIRST_S
     state, actions = run(state, e.Tick(session.RETRY_FIRST_S))
     assert actions == [e.CheckIn(1, ready=True, examples=10)]
@@ -246,6 +248,78 @@ def test_an_update_found_in_the_outbox_at_start_is_sent_at_the_first_connection(
     assert actions == [e.Resend(b"u0")]
 
 
+# --- after a restart ----------------------------------------------------------------------------
+def restarted(deadline_at: float = 60.0) -> Session:
+    """A device that was killed in round 1, with model 1 in use, started again at 0 s."""
+    return Session(
+        min_examples=5,
+        bundle=B1,
+        weights=W1,
+        model=e.ModelReady(B1, W1, 1),
+        round=session.Round(INVITE, deadline_at, resumed_at=0.0),
+    )
+
+
+HOLD = e.ConditionsChanged(hold=True, examples=10)
+NO = e.CheckIn(1, ready=False, examples=10)
+
+
+def test_a_restarted_device_goes_on_with_its_round_once_the_offer_says_that_it_stands() -> None:
+    state, actions = run(restarted(), e.Tick(0), HOLD, e.Connected())
+    assert actions == []
+    state, actions = run(state, OFFER)
+    assert actions == [e.Train(1), READY]
+    _, actions = run(state, INVITE)  # the coordinator asks again whoever checks in
+    assert actions == []
+
+
+def test_out_of_reach_of_the_broker_it_goes_on_after_a_while() -> None:
+    state, actions = run(restarted(), e.Tick(0), HOLD)
+    assert (actions, next_due(state)) == ([], session.OFFER_PATIENCE_S)
+    _, actions = run(state, e.Tick(session.OFFER_PATIENCE_S))
+    assert actions == [e.Train(1)]
+
+
+def test_a_round_whose_version_was_replaced_meanwhile_is_abandoned_once() -> None:
+    state, actions = run(restarted(), HOLD, e.Connected(), replace(OFFER, version=2, model=W2))
+    assert actions.count(e.Abandon(1)) == 1
+    assert actions.count(NO) == 1
+    _, actions = run(state, e.Tick(100), e.Disconnected(), e.Connected())
+    assert e.Abandon(1) not in actions
+    assert NO not in actions
+
+
+def test_a_round_whose_deadline_passed_is_abandoned_once_and_said_once_there_is_a_way() -> None:
+    state, actions = run(restarted(deadline_at=-5.0), e.Tick(0), HOLD, e.Tick(30))
+    assert actions == [e.Abandon(1)]
+    state, actions = run(state, e.Connected(), OFFER)
+    assert actions == [NO, READY]
+    _, actions = run(state, e.Disconnected(), e.Connected(), OFFER)
+    assert actions == [READY]
+
+
+def test_a_restarted_device_whose_conditions_do_not_hold_declines() -> None:
+    state, actions = run(restarted(), e.ConditionsChanged(hold=False, examples=10))
+    assert actions == []
+    _, actions = run(state, e.Connected(), OFFER)
+    assert actions == [e.Abandon(1), NO]
+
+
+def test_an_invitation_that_comes_again_brings_the_deadline_that_holds() -> None:
+    state, _ = run(restarted(deadline_at=12.0), e.Tick(5), HOLD, replace(INVITE, deadline_s=50.0))
+    assert state.round is not None
+    assert state.round.deadline_at == 55.0
+
+
+def test_refused_weights_keep_a_device_out_of_their_rounds_alone() -> None:
+    state = replace(ready(), refused=(W2,))
+    state, actions = run(state, replace(OFFER, version=2, model=W2))
+    assert actions == [NO]
+    assert not state.is_ready
+    _, actions = run(state, replace(OFFER, version=3, model=b"w3"), e.Fetched("weights", b"w3"))
+    assert e.SwitchModel(B1, b"w3", 3) in actions
+
+
 # --- any order ----------------------------------------------------------------------------------
 ROUNDS = st.integers(1, 4)
 WEIGHTS = st.sampled_from([W1, W2])
@@ -282,9 +356,12 @@ EVENTS: st.SearchStrategy[e.Event] = st.one_of(
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(EVENTS, max_size=60))
-def test_in_any_order_of_events_the_session_keeps_its_promises(events: list[e.Event]) -> None:
-    state = Session(min_examples=5)
+@given(st.lists(EVENTS, max_size=60), st.booleans())
+def test_in_any_order_of_events_the_session_keeps_its_promises(
+    events: list[e.Event],
+    is_restarted: bool,
+) -> None:
+    state = restarted() if is_restarted else Session(min_examples=5)
     at_work: int | None = None
     for event in events:
         before = state
@@ -305,6 +382,9 @@ def test_in_any_order_of_events_the_session_keeps_its_promises(events: list[e.Ev
                     assert state.is_ready
                 case e.CheckIn() | e.Fetch() | e.Resend():
                     assert state.is_online
+                case e.Abandon(round_):
+                    assert at_work is None, "nothing is forgotten of a training under way"
+                    assert state.round is None or state.round.invite.round != round_
                 case e.Drop(update):
                     assert update in {u.update for u in before.unreceipted}
                     assert update not in {u.update for u in state.unreceipted}
