@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -16,6 +17,10 @@ from coordinator.quarantine import Conduct, Rules, strike
 from edge_sdk.bounds import MAX_TAGS, Tag, are_tags
 from edge_sdk.errors import ConfigError
 
+MOST_ATTEMPTS = 3
+"""After so many failures a message is not handled any more."""
+LETTERS_KEPT = 256
+"""Messages that failed, of which it is remembered."""
 REFUSALS_KEPT = 32
 """Refusals that are remembered of a device in a task: enough to say why."""
 
@@ -33,6 +38,18 @@ class Refusal:
     during: int
     size: int
     took_s: float | None = None
+
+
+class Letter(NamedTuple):
+    """A message in whose handling the coordinator failed; a dead one is not handled any more."""
+
+    name: bytes
+    topic: str
+    size: int
+    head: bytes
+    error: str
+    attempts: int = 0
+    is_dead: bool = False
 
 
 class Orders(NamedTuple):
@@ -105,6 +122,26 @@ def tag(db: sqlite3.Connection, device: str, name: str, value: Tag | None) -> No
         raise ConfigError(f"expected up to {MAX_TAGS} short tags for {device}; take some away")
 
 
+def letters(db: sqlite3.Connection) -> list[Letter]:
+    """Return every message that failed, the latest last."""
+    return [Letter(*row[:-1], bool(row[-1])) for row in db.execute(_LETTERS)]
+
+
+def fail(db: sqlite3.Connection, letter: Letter) -> Letter:
+    """Count one more failure in the handling of a message; return what is known of it now."""
+    attempts, first_at = db.execute(_FAILED_BEFORE, (letter.name,)).fetchone() or (0, None)
+    is_dead = attempts + 1 >= MOST_ATTEMPTS
+    failed = letter._replace(attempts=attempts + 1, is_dead=is_dead)
+    db.execute(_FAIL, (*failed, first_at))
+    db.execute(_PRUNE_LETTERS, (LETTERS_KEPT,))
+    return failed
+
+
+def forgive(db: sqlite3.Connection, names: Iterable[bytes]) -> None:
+    """Forget failures in messages that were handled after all."""
+    db.executemany("DELETE FROM letters WHERE hash = ? AND NOT is_dead", [(n,) for n in names])
+
+
 def _conduct(strikes: str, terms: int, until: int, reason: str) -> Conduct:
     return Conduct(tuple(json.loads(strikes)), terms, until, reason)
 
@@ -123,3 +160,9 @@ _KEEP = """INSERT INTO quarantine (task, device, strikes, terms, until, reason)
 _PARDON = "DELETE FROM quarantine WHERE device = ?1 AND (?2 IS NULL OR task = ?2) RETURNING task"
 _TAG = """INSERT INTO tags (device, tag, value) VALUES (?, ?, ?)
     ON CONFLICT (device, tag) DO UPDATE SET value = excluded.value"""
+_LETTERS = "SELECT hash, topic, size, head, error, attempts, is_dead FROM letters ORDER BY rowid"
+_FAILED_BEFORE = "DELETE FROM letters WHERE hash = ? RETURNING attempts, first_at"
+_FAIL = """INSERT INTO letters (hash, topic, size, head, error, attempts, is_dead, first_at)
+    VALUES (?, ?, ?, ?, ?, ?, ?, coalesce(?, CAST(strftime('%s', 'now') AS INTEGER)))"""
+_PRUNE_LETTERS = """DELETE FROM letters WHERE rowid IN
+    (SELECT rowid FROM letters ORDER BY rowid DESC LIMIT -1 OFFSET ?)"""

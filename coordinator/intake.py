@@ -15,6 +15,7 @@ from typing import Any, cast
 from coordinator.desk import Desk, Verdict
 from coordinator.docket import Refusal
 from coordinator.fleet import Fleet, Known
+from coordinator.letters import Handled, Letters, handled
 from coordinator.publishing import Publisher
 from coordinator.rounds import Action, Declined, Left, Returned
 from coordinator.store import Store, StoredUpdate
@@ -55,6 +56,8 @@ class Intake:
         publisher: Publisher,
         act: Callable[[Desk, tuple[Action, ...]], None],
         now_s: Callable[[], float],
+        letters: Letters,
+        *,
         scheme: Verify = verify,
     ) -> None:
         self.fleet = Fleet()
@@ -65,6 +68,7 @@ class Intake:
         self._publisher = publisher
         self._act = act
         self._now_s = now_s
+        self.letters = letters
         self._scheme = scheme
         self._assembler = Assembler()
         self._parked: dict[str, tuple[str, bytes]] = {}
@@ -77,16 +81,29 @@ class Intake:
         """
         self.counters["messages"] += 1
         self.counters["bytes"] += len(payload)
+        reading = handled("read", topic, payload)
+        if reading.name in self.letters.dead:
+            self.counters["dead"] += 1
+            return None
         device = ""
         try:
             address = topics.parse(topic)
             device = address.device
-            return self._route(address, topic, payload)
+            with self.letters.handling(reading):
+                return self._route(address, topic, payload)
         except MessageError as error:
             self._complain(device, "malformed", error)
         except Exception as error:  # noqa: BLE001  # whatever a message does, the rounds go on
             self._complain(device, "crashed", error)
+            return self._read_again(reading, payload, error)
         return None
+
+    async def _read_again(self, reading: Handled, payload: bytes, error: Exception) -> None:
+        """Try a message once more in which we failed, unless that was the last attempt."""
+        if await self.letters.failed(reading, error):
+            self.counters["dead"] += 1
+        elif (work := self.take(reading.topic, payload)) is not None:
+            await work
 
     def _route(self, address: Address, topic: str, payload: bytes) -> Later | None:
         if address.kind == "status":
@@ -197,13 +214,19 @@ class Intake:
             await self._publisher.missing(desk, device, answer)
 
     async def _count(self, desk: Desk, device: str, update: Update, signed: Signed) -> None:
+        judging = handled("judge", signed.topic, signed.frame)
         try:
-            answer = await self._counted(desk, device, update, signed)
+            if judging.name in self.letters.dead:
+                answer = await self._give_up(desk, device, update, signed)
+            else:
+                answer = await self._counted(desk, device, update, signed, judging)
         except StoreError as error:  # no receipt: the device keeps the update and sends it again
             self._complain(device, "store", error)
             return
         except Exception as error:  # noqa: BLE001  # whatever a message does, the rounds go on
             self._complain(device, "crashed", error)
+            if not await self.letters.failed(judging, error) or judging.name in self.letters.dead:
+                await self._count(desk, device, update, signed)
             return
         if answer.outcome == "refused":
             self._complain(device, "refused", MessageError(answer.reason))
@@ -211,36 +234,59 @@ class Intake:
             self.counters[answer.outcome] += 1
         await self._publisher.receipt(desk, device, answer)
 
-    async def _counted(self, desk: Desk, device: str, update: Update, signed: Signed) -> Receipt:
-        verdict = desk.judge(device, update)
+    async def _give_up(self, desk: Desk, device: str, update: Update, signed: Signed) -> Receipt:
+        """Refuse an update in which the coordinator failed each time, through no fault proven."""
+        self.counters["dead"] += 1
+        verdict = Verdict("refused", "the coordinator failed on this update and has set it aside")
+        took_s = self._release(desk, device, update.round)
+        return await self._refused(desk, device, update.round, signed, verdict, took_s=took_s)
+
+    async def _counted(
+        self, desk: Desk, device: str, update: Update, signed: Signed, judging: Handled
+    ) -> Receipt:
+        with self.letters.handling(judging):
+            verdict = desk.judge(device, update)
         took_s = self._release(desk, device, update.round)
         receipt = Receipt(update.round, signed.id, verdict.outcome, verdict.reason)
         if verdict.outcome == "duplicate":
             counted = await self._store.counted(desk.task.name, update.round, device)
             return Receipt(update.round, signed.id, "duplicate", "", counted)
         if verdict.lattice is None:
-            refusal = Refusal(
-                round=update.round,
-                device=device,
-                hash=signed.id,
-                outcome="stale" if verdict.outcome == "stale" else "refused",
-                reason=verdict.reason[:200],
-                is_bad=verdict.is_bad,
-                during=desk.next_round - 1,
-                size=len(signed.frame),
-                took_s=took_s,
-            )
-            await self._refuse(desk, refusal)
-            return receipt
+            return await self._refused(desk, device, update.round, signed, verdict, took_s=took_s)
         stored = _stored(device, update, signed, verdict, took_s)
         answer = await self._store.count(desk.task.name, stored)
         if not answer.is_new:
             return Receipt(update.round, signed.id, "duplicate", "", answer.hash)
-        self._act(desk, desk.fold(stored, verdict.lattice))
+        with self.letters.handling(judging):
+            self._act(desk, desk.fold(stored, verdict.lattice))
         return receipt
 
-    async def _refuse(self, desk: Desk, refusal: Refusal) -> None:
-        """Keep a refusal, and hold it against the device if the update was bad."""
+    async def _refused(
+        self,
+        desk: Desk,
+        device: str,
+        number: int,
+        signed: Signed,
+        verdict: Verdict,
+        *,
+        took_s: float | None,
+    ) -> Receipt:
+        """Keep a refusal, hold it against the device if the update was bad, and say so."""
+        refusal = Refusal(
+            round=number,
+            device=device,
+            hash=signed.id,
+            outcome="stale" if verdict.outcome == "stale" else "refused",
+            reason=verdict.reason[:200],
+            is_bad=verdict.is_bad,
+            during=desk.next_round - 1,
+            size=len(signed.frame),
+            took_s=took_s,
+        )
+        await self._hold_against(desk, refusal)
+        return Receipt(number, refusal.hash, refusal.outcome, refusal.reason)
+
+    async def _hold_against(self, desk: Desk, refusal: Refusal) -> None:
         task, device = desk.task, refusal.device
         held = await self._store.refuse(task.name, refusal, task.quarantine)
         if held is not None:

@@ -93,6 +93,21 @@ def updates(folder: str | Path, task: str | None = None) -> list[dict[str, Any]]
     )
 
 
+def letters(folder: str | Path) -> list[dict[str, Any]]:
+    """Return every message in whose handling a coordinator failed, the latest last.
+
+    `dead` ones are not handled any more; `head` is how the message begins, in hex.
+    Raises: StoreError when there is no store, or it is not ours.
+    """
+    rows = _rows(
+        folder,
+        """SELECT lower(hex(hash)) AS id, topic, size, lower(hex(head)) AS head, error, attempts,
+        is_dead AS dead, datetime(first_at, 'unixepoch') AS first_at,
+        datetime(last_at, 'unixepoch') AS last_at FROM letters ORDER BY letters.last_at, hash""",
+    )
+    return [row | {"dead": bool(row["dead"])} for row in rows]
+
+
 def weights(folder: str | Path, task: str, version: int) -> Array:
     """Return one version's masters: float32, flat, in the order of the bundle's parameters.
 

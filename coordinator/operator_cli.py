@@ -18,6 +18,9 @@ EXAMPLE = "example: fedge coordinator {} --config coordinator.toml{}"
 def add(commands: Any) -> None:
     """Add the operator's commands to those of `fedge coordinator`."""
     _command(commands, "fleet", "list the devices ever seen, and who is in quarantine", _fleet)
+    _command(
+        commands, "deadletters", "list the messages in which the coordinator failed", _deadletters
+    )
     release = _command(
         commands, "release", "let a device out of quarantine, its past forgotten", _release,
         example="release d0123456789abcde",
@@ -79,6 +82,15 @@ def _plain(value: object) -> str:
 def _quarantine(row: Row) -> str:
     held = row["quarantine"].items()
     return " ".join(f"{task}:until-round-{h['until_round']}" for task, h in held) or "-"
+
+
+def _deadletters(args: argparse.Namespace) -> int:
+    from coordinator import ledger
+
+    rows = ledger.letters(store_of(args))
+    columns = ("id", "topic", "size", "attempts", "dead", "last_at", "error")
+    print(listing(rows, args.json, columns))
+    return 0
 
 
 def _release(args: argparse.Namespace) -> int:

@@ -137,7 +137,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             is_dead INTEGER NOT NULL,
             first_at INTEGER NOT NULL DEFAULT (CAST(strftime('%s', 'now') AS INTEGER)),
             last_at INTEGER NOT NULL DEFAULT (CAST(strftime('%s', 'now') AS INTEGER))
-        ) WITHOUT ROWID""",
+        )""",
     ),
 )
 

@@ -26,6 +26,7 @@ from coordinator.clock import Clock, SystemClock
 from coordinator.desk import Desk, Next, RoundResult
 from coordinator.fleet import Fleet
 from coordinator.intake import Intake, Later
+from coordinator.letters import FileMarker, Letters, Marker
 from coordinator.link import Link
 from coordinator.pacing import Pace
 from coordinator.publishing import Publisher, seed_of
@@ -50,7 +51,7 @@ IN_FLIGHT = 256
 """Messages dealt with at a time: more wait at the broker, not in memory."""
 RETRY_S = 1.0
 STOP_S = 2.0
-DATABASE, KEY = "coordinator.db", "coordinator.key"
+DATABASE, KEY, MARKER = "coordinator.db", "coordinator.key", "handling"
 
 
 class Coordinator:
@@ -106,8 +107,15 @@ class Coordinator:
             self._store, signer = await self._open_store(stack)
             link = await self._open_link(stack)
             self._publisher = Publisher(link, signer)
+            letters = Letters(self._store, self._clock, self._marker(stack))
+            await letters.load()
             self._intake = Intake(
-                self._store, self._publisher, self._act, self._clock.monotonic, signer.verify
+                self._store,
+                self._publisher,
+                self._act,
+                self._clock.monotonic,
+                letters,
+                scheme=signer.verify,
             )
             for known in await self._store.devices():
                 self.fleet.remember(known)
@@ -189,6 +197,13 @@ class Coordinator:
         store = await asyncio.to_thread(Store, Path(given) / DATABASE)
         stack.push_async_callback(asyncio.to_thread, store.close)
         return store, signer or DeviceKey.load_or_create(Path(given) / KEY)
+
+    def _marker(self, stack: contextlib.AsyncExitStack) -> Marker | None:
+        if isinstance(self._given_store, Store):
+            return None
+        marker = FileMarker(Path(self._given_store) / MARKER)
+        stack.callback(marker.close)
+        return marker
 
     async def _open_link(self, stack: contextlib.AsyncExitStack) -> Link:
         if self._given_link is not None:

@@ -11,13 +11,13 @@ from __future__ import annotations
 import json
 import sqlite3
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 from coordinator import docket
-from coordinator.docket import Orders, Refusal
+from coordinator.docket import Letter, Orders, Refusal
 from coordinator.fleet import Known
 from coordinator.quarantine import Conduct, Rules
 from coordinator.writer import ContradictionError, Writer, Writing
@@ -249,6 +249,18 @@ class Store:
             return docket.orders(db)
 
         return await self._writer.run(work, urgent=True)
+
+    async def letters(self) -> list[Letter]:
+        """Return every message in whose handling a coordinator failed."""
+        return await self._writer.run(docket.letters, urgent=True)
+
+    async def failed_on(self, letter: Letter) -> Letter:
+        """Count one more failure in the handling of a message; return what is known of it now."""
+        return await self._writer.run(lambda db: docket.fail(db, letter), urgent=True)
+
+    async def forgive(self, names: Sequence[bytes]) -> None:
+        """Forget failures in messages that were handled after all."""
+        await self._writer.run(lambda db: docket.forgive(db, names))
 
     async def counted(self, task: str, number: int, device: str) -> bytes | None:
         """Return the hash of the update of `device` that counts for a round; None for none."""

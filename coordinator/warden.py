@@ -43,6 +43,7 @@ class Warden:
             intake.fleet.assign(orders.tags)
             for name, desk in intake.desks.items():
                 desk.conducts = dict(orders.conducts.get(name, {}))
+        await intake.letters.forgive()
         for name in sorted(intake.running & intake.desks.keys()):
             await self._parole(intake.desks[name])
 
