@@ -43,6 +43,9 @@ STATUS_ROWS = (
     "outbox",
     "bytes_up",
     "bytes_down",
+    "bytes_today",
+    "training_today",
+    "limits",
     "rss_peak_kib",
     "child_rss_peak_kib",
 )
@@ -130,9 +133,26 @@ def status(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(found, indent=1, sort_keys=True))
         return 0
+    found |= _today(found.get("today") or {})
     for name in ("running", *STATUS_ROWS):
         print(f"{name:<20} {_cell(found.get(name))}")
     return 0
+
+
+def _today(today: dict[str, Any]) -> dict[str, str | None]:
+    """Return the rows of what was used today, beside what is allowed."""
+    if not today:
+        return {}
+    used, most = today["bytes"] / 1e6, today["max_bytes"]
+    trained, longest = today["training_s"] / 60, today["max_training_s"]
+    board = [f"below {today['max_celsius']:g} C"] if today["max_celsius"] else []
+    board += [] if today["on_battery"] else ["not on battery"]
+    return {
+        "bytes_today": f"{used:.1f} MB" + (f" of {most / 1e6:.1f} MB" if most else ", no limit"),
+        "training_today": f"{trained:.1f} min"
+        + (f" of {longest / 60:.1f} min" if longest else ", no limit"),
+        "limits": ", ".join(board) or None,
+    }
 
 
 def doctor(args: argparse.Namespace) -> int:

@@ -29,6 +29,7 @@ SHARE = 20  # of a limit, written down at a time
 LEAST_SHARE_BYTES, LEAST_SHARE_S = 1 << 16, 60.0
 UNLIMITED_SHARE_BYTES, UNLIMITED_SHARE_S = 4 << 20, 3600.0  # written down once it was used
 MAX_FILE_BYTES = 4096
+TALK_BYTES = 1024  # offers, check-ins and the like, until the day is over
 _UNSYNCHRONIZED = 5  # what adjtimex(2) answers then
 
 
@@ -62,6 +63,7 @@ class Meter:
         self._disk = disk
         self._boot = _text(root / "proc/sys/kernel/random/boot_id")
         self._counted = 0  # of this start's bytes
+        self._round_from, self._round_bytes = 0, 0
         self._today = self._written = _read(file, disk)
         self._look()
 
@@ -83,6 +85,14 @@ class Meter:
         self._use(total_bytes - self._counted, 0.0)
         self._counted = total_bytes
 
+    def round_began(self) -> None:
+        """Take note that a round begins: what it takes is the best guess for the next one."""
+        self._round_from = self._counted
+
+    def round_ended(self) -> None:
+        """Take note that a round has its receipt."""
+        self._round_bytes = max(self._round_bytes, self._counted - self._round_from)
+
     def trained(self, seconds: float) -> None:
         """Take note of a training that has ended, whatever came of it."""
         self._look()
@@ -97,10 +107,10 @@ class Meter:
         """Return the names of the limits that leave no room for one more round.
 
         Args:
-            update_bytes: what the round's update is expected to take.
+            update_bytes: what a round's update takes, as declared.
         """
         found = []
-        if self.left_bytes < max(1.0, update_bytes):
+        if self.left_bytes < max(update_bytes, self._round_bytes) + TALK_BYTES:
             found.append("max_bytes_per_day")
         if self.left_s < 1.0:
             found.append("max_minutes_per_day")
