@@ -8,6 +8,7 @@ and the bundle, made once.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import shutil
@@ -24,6 +25,7 @@ from hand_bundles import examples, mlp
 from coordinator import ledger
 from coordinator.config import load
 from coordinator.replay import replay
+from coordinator.service import Coordinator
 from edge_sdk import messages
 from edge_sdk.device import Device
 from edge_sdk.errors import FedgeError
@@ -123,7 +125,7 @@ class Turns:
             self._through[index] = max(self._through[index], number)
             self._changed.notify_all()
 
-    def wait(self, index: int, cancel: threading.Event) -> None:
+    def wait_for(self, index: int, cancel: threading.Event) -> None:
         """Wait for the turn of a device. Raises: TrainFailed when cancelled."""
         ends = time.monotonic() + PATIENCE_S
         with self._changed:
@@ -137,14 +139,14 @@ class Turns:
         return before == mine if index == 0 else before > mine
 
 
-class InTurn:
-    """A training that waits for its device's turn."""
+class Patient:
+    """A training that first waits for something."""
 
-    def __init__(self, inner: LocalTraining, turns: Turns, index: int) -> None:
-        self._inner, self._turns, self._index = inner, turns, index
+    def __init__(self, inner: LocalTraining, wait: Callable[[threading.Event], None]) -> None:
+        self._inner, self._wait = inner, wait
 
     def train(self, job: TrainJob, cancel: threading.Event) -> TrainResult:
-        self._turns.wait(self._index, cancel)
+        self._wait(cancel)
         return self._inner.train(job, cancel)
 
 
@@ -169,7 +171,7 @@ class Boards:
             task=TASK,
             bundle=BUNDLE,
             state=folder / f"d{index}",
-            trainer=InTurn(trainer, self.turns, index),
+            trainer=Patient(trainer, lambda cancel: self.turns.wait_for(index, cancel)),
             connect=connect,
         )
 
@@ -232,3 +234,52 @@ def check_journal(config: Path, template: Template, told: Sequence[Receipt]) -> 
         versions = list(replay(settings.store, task))
         assert len(versions) == template.rounds + 1
         assert all(version.holds for version in versions), versions
+
+
+class Hosted:
+    """A coordinator in a thread of this process, for tests whose victim is a device."""
+
+    def __init__(self, config: Path) -> None:
+        self._settings = load(config)
+        self.coordinator: Coordinator | None = None
+        self._done = threading.Event()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(asyncio.CancelledError), self._loop_closed():
+            self._task = self._loop.create_task(self._train())
+            self._loop.run_until_complete(self._task)
+
+    @contextlib.contextmanager
+    def _loop_closed(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self._loop.close()
+
+    async def _train(self) -> None:
+        settings = self._settings
+        async with Coordinator(settings.broker, store=settings.store) as coordinator:
+            self.coordinator = coordinator
+            [(task, pace)] = settings.tasks
+            async for _ in coordinator.train(task, pace):
+                pass
+            self._done.set()
+            await asyncio.Event().wait()  # late receipts are still asked for
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the task is at its last version."""
+        return self._done.is_set()
+
+    def is_ready(self, device: str) -> bool:
+        """Say whether a device stands ready for an invitation."""
+        found = self.coordinator
+        return found is not None and device in found.fleet.ready(TASK)
+
+    def close(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self._task.cancel)
+        self._thread.join(10)
