@@ -39,7 +39,9 @@ class UnderWay:
     def to_bytes(self) -> bytes:
         """Return it as JSON."""
         fields = asdict(self)
-        fields["invite"]["model"] = self.invite.model.hex()
+        for name, value in fields["invite"].items():
+            if isinstance(value, bytes):
+                fields["invite"][name] = value.hex()
         return json.dumps(fields, sort_keys=True, indent=1).encode() + b"\n"
 
     @classmethod
@@ -50,8 +52,9 @@ class UnderWay:
         """
         fields = json.loads(data)
         invite = fields["invite"]
+        raw = {name: bytes.fromhex(invite[name]) for name in ("model", "body") if name in invite}
         found = cls(
-            Invite(**{**invite, "model": bytes.fromhex(invite["model"])}),
+            Invite(**{**invite, **raw}),
             str(fields["bundle"]),
             float(fields["left_s"]),
             Instant(**fields["at"]),
