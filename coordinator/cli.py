@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from coordinator import operator_cli
+from coordinator import broker_cli, operator_cli
 from coordinator.listing import listing
 from coordinator.operator_cli import store_of
 from edge_sdk.errors import ConfigError, StoreError
@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--json", action="store_true", help="for machines")
     verify.set_defaults(command=_verify)
     operator_cli.add(commands)
+    broker_cli.add(commands)
     _reader(commands, "rounds", "list the rounds and how they ended", _rounds)
     _reader(commands, "models", "list the versions of each task", _models)
     return parser

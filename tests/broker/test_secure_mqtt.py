@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import asyncio
 import datetime as dt
-import ipaddress
 import logging
 import shutil
 import subprocess
@@ -11,11 +10,8 @@ from typing import Any, NamedTuple
 
 import paho.mqtt.client as paho
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
+from coordinator import certificates
 from coordinator.mqtt import Mqtt as CoordinatorMqtt
 from edge_sdk.errors import TransportError
 from edge_sdk.transport.mqtt import Mqtt
@@ -24,8 +20,7 @@ pytestmark = pytest.mark.broker
 needs_paho_2 = pytest.mark.skipif(
     not hasattr(paho.Client, "ack"), reason="the coordinator needs paho-mqtt 2"
 )
-NOW = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
-LATER = dt.datetime(2046, 1, 1, tzinfo=dt.UTC)
+NOW = dt.datetime.now(dt.UTC)
 
 
 class Authority(NamedTuple):
@@ -36,64 +31,14 @@ class Authority(NamedTuple):
     key: Path
 
 
-def _named(name: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-
-
-def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    return key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
-    )
-
-
-def _certificate(
-    name: str, key: Any, issuer: str, signing_key: Any, extensions: list[x509.ExtensionType]
-) -> x509.Certificate:
-    builder = (
-        x509.CertificateBuilder()
-        .subject_name(_named(name))
-        .issuer_name(_named(issuer))
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(NOW)
-        .not_valid_after(LATER)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_public_key(signing_key.public_key()),
-            critical=False,
-        )
-    )
-    for extension in extensions:
-        builder = builder.add_extension(extension, critical=False)
-    return builder.sign(signing_key, hashes.SHA256())
-
-
 def _authority(folder: Path, address: str = "127.0.0.1") -> Authority:
     folder.mkdir(exist_ok=True)
-    ca_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
-    is_ca = x509.BasicConstraints(ca=True, path_length=0)
-    usage = x509.KeyUsage(
-        digital_signature=True,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        key_cert_sign=True,
-        crl_sign=True,
-        encipher_only=False,
-        decipher_only=False,
-    )
-    name = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(address))])
-    made = {
-        "ca.pem": _certificate("test ca", ca_key, "test ca", ca_key, [is_ca, usage]),
-        "broker.pem": _certificate("broker", key, "test ca", ca_key, [name]),
-    }
-    for file, certificate in made.items():
-        (folder / file).write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    (folder / "broker.key").write_bytes(_pem(key))
-    return Authority(folder / "ca.pem", folder / "broker.pem", folder / "broker.key")
+    ca = certificates.authority("test ca", NOW)
+    made = certificates.broker(ca, [address], NOW)
+    found = Authority(folder / "ca.pem", folder / "broker.pem", folder / "broker.key")
+    for path, data in zip(found, (ca.certificate, made.certificate, made.key), strict=True):
+        path.write_bytes(data)
+    return found
 
 
 @pytest.fixture
