@@ -10,13 +10,15 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hand_bundles import examples, initial, mlp
 
-from edge_sdk import worker
+from edge_sdk import footprint, worker
+from edge_sdk.child import last_words
 from edge_sdk.params import flatten, unflatten
 from edge_sdk.samples import Samples
 from edge_sdk.trainer import Trainer
@@ -294,3 +296,74 @@ def test_an_orphan_does_nothing(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stdout) == (1, "")
     assert not (tmp_path / "w.delta.bin").exists()
+
+
+def test_a_child_that_gives_no_sign_of_life_is_killed(tmp_path: Path) -> None:
+    fake = tmp_path / "python"
+    fake.write_text("#!/bin/sh\nexec 2>&-\nexec sleep 1000\n")
+    fake.chmod(0o755)
+    with pytest.raises(TrainFailed, match="no sign of life for") as caught:
+        ChildTrainer(str(fake), hang_s=0.3).train(job_in(tmp_path, Budget()), threading.Event())
+    assert caught.value.kind == "hung"
+
+
+def test_a_child_that_gives_signs_of_life_may_take_its_time(tmp_path: Path) -> None:
+    fake = tmp_path / "python"
+    signs = "for i in 1 2 3 4 5 6 7 8; do echo '{\"at\": 1}'; sleep 0.2; done"
+    fake.write_text(f'#!/bin/sh\n{signs}\necho \'{{"error": "at last"}}\'\n')
+    fake.chmod(0o755)
+    with pytest.raises(TrainFailed, match="at last"):
+        ChildTrainer(str(fake), hang_s=1.2).train(job_in(tmp_path, Budget()), threading.Event())
+
+
+def test_the_worker_gives_signs_of_life_while_it_trains(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(worker, "SIGN_OF_LIFE_S", 0.0)
+    tell = worker._on_step(None)
+    for _ in range(3):
+        tell(lambda: pytest.fail("nobody asked where it stands"))
+    assert capsys.readouterr().out.count('{"at": ') == 3
+
+
+def test_memory_beyond_its_share_is_refused_and_said_and_fewer_rows_fit(tmp_path: Path) -> None:
+    sizes = (32, 4096, 3)
+    bundle, many = mlp(sizes), 4000
+    bundle.save(tmp_path / "wide.fedge")
+    flat = flatten(bundle.params(), bundle.shapes)
+    (tmp_path / "wide.bin").write_bytes(flat.astype("<f4").tobytes())
+    layout = {"x_shape": (32,), "x_dtype": "float32", "y_shape": (), "y_dtype": "int64"}
+    with Samples(tmp_path / "wide", **layout, capacity=many) as samples:
+        samples.extend(*examples(many, sizes))
+    places = tmp_path / "wide.fedge", tmp_path / "wide.bin", tmp_path / "wide"
+    job = TrainJob(*places, Budget(steps=2, batch=many), memory=64 << 20)
+    with pytest.raises(TrainFailed) as caught:
+        ChildTrainer().train(job, threading.Event())
+    assert caught.value.kind == "oom", caught.value.reason
+    fewer = replace(job, budget=Budget(steps=2, batch=many // 64))
+    assert ChildTrainer().train(fewer, threading.Event()).steps == 2
+
+
+@pytest.mark.parametrize(
+    ("code", "noise", "has_killed", "kind"),
+    [
+        (-9, "", True, "oom"),
+        (-9, "", False, "killed"),
+        (-6, "terminate called after throwing an instance of 'std::bad_alloc'", False, "oom"),
+        (-6, "assertion failed", True, "failed"),
+        (-11, "", False, "failed"),
+        (1, "MemoryError", False, "oom"),
+        (1, "some other error", True, "failed"),
+    ],
+)
+def test_how_a_child_ended_is_told_from_its_code_its_words_and_the_kernels_count(
+    code: int, noise: str, has_killed: bool, kind: str
+) -> None:
+    assert last_words(code, noise, has_killed=has_killed).kind == kind
+
+
+def test_the_kernels_count_of_kills_is_read(tmp_path: Path) -> None:
+    (tmp_path / "vmstat").write_text("nr_free_pages 7\noom_kill 3\ndrop_slab 0\n")
+    assert footprint.oom_kills(tmp_path / "vmstat") == 3
+    assert footprint.oom_kills(tmp_path / "none") == 0
+    assert footprint.oom_kills() >= 0
