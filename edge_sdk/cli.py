@@ -29,6 +29,7 @@ ABOUT = {
     "build": "compile an ONNX model into a bundle that trains on stock onnxruntime",
     "inspect": "show what a bundle holds and costs",
     "device": "run fedge on a board: run, status, doctor, wipe",
+    "selftest": "does this board compute what it should? load, predict, learn, encode, sign",
     "coordinator": "run the coordinator: run, check, fleet, rounds, models",
     "bench": "measure step, codec and aggregate on this machine, next to the rivals",
 }
