@@ -14,8 +14,8 @@ from collections.abc import AsyncIterator, Iterator
 from coordinator.config import Config
 from coordinator.pacing import Pace
 from coordinator.service import Coordinator
-from coordinator.systemd import notify, watchdog_s
 from coordinator.task import Task
+from edge_sdk.systemd import notify, watchdog_s
 
 log = logging.getLogger(__name__)
 

@@ -101,6 +101,8 @@ class Agent:
         errands: Errands = Errand,
     ) -> None:
         self.tally = Tally()
+        self.on_turn: Callable[[], object] | None = None
+        """Called in the agent's thread after each turn, the idle ones included."""
         self._settings, self._key, self._store, self._local = settings, key, store, local
         self._outbox, self._transport = outbox, transport
         self._clock, self._failpoints, self._on_updated = clock, failpoints, on_updated
@@ -240,7 +242,8 @@ class Agent:
     # --- the thread ---------------------------------------------------------------------------
     def _run(self) -> None:
         while self.turn(self.wait_s()):
-            pass
+            if self.on_turn is not None:
+                self.on_turn()
 
     def turn(self, timeout_s: float) -> bool:
         """Act on the next thing in the queue, or on time alone; return False when told to stop."""

@@ -181,6 +181,13 @@ class Device:
         """Begin to take part, in the background. The broker may come later."""
         self._agent.start()
 
+    def watch(self, alive: Callable[[], object]) -> None:
+        """Call `alive` in the agent's thread whenever it has got on: at least every ten seconds.
+
+        What feeds a watchdog. It must be quick, and not raise. Before `start`.
+        """
+        self._agent.on_turn = alive
+
     def close(self) -> None:
         """Stop: leave the broker politely, end a training under way, keep everything on disk.
 

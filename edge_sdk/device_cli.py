@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_sdk.errors import ConfigError, FedgeError, StoreError, TransportError
+from edge_sdk.systemd import Service
 
 if TYPE_CHECKING:
     from edge_sdk.bundle import Bundle
@@ -74,13 +75,17 @@ def run(args: argparse.Namespace) -> int:
     trainer = _one_child(configs)
     devices: list[Device] = []
     sources: list[threading.Thread | None] = []
+    service = Service()
     try:
         for config in configs:
             devices.append(_device(config, trainer))
+            service.look_after(devices[-1])
             devices[-1].start()
             log.info("device id=%s task=%s state=%s", devices[-1].id, config.task, _state(config))
             sources.append(_source(config, devices[-1], stop))
+        service.ready()
         stop.wait()
+        service.stopping()
         log.info("stopping")
     finally:
         stop.set()

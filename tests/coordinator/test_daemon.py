@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from fake_fleet import BUNDLE, FakeDevice
 
-from coordinator import ledger, systemd
-from edge_sdk import topics
+from coordinator import ledger
+from edge_sdk import systemd, topics
 from edge_sdk.errors import FedgeError
 from edge_sdk.transport.mqtt import Mqtt
 
