@@ -128,6 +128,10 @@ class Desk:
     """What is held against devices."""
     held_since: dict[str, float] = field(default_factory=dict)
     """When this coordinator first knew each to be in quarantine, seconds."""
+    spread_s: float | None = None
+    """Over how long devices answer a roll call."""
+    next_at_s: float = 0.0
+    """When the next round may begin."""
     base: int = 0
     """The version that the sum grows on: ahead of `version` while a commit is being stored."""
     _sum: Any = None
@@ -224,6 +228,11 @@ class Desk:
             for device, since_s in self.held_since.items()
             if now_s - since_s >= 3600 * hours * self.conducts[device].doubled()
         ]
+
+    def rest_s(self, now_s: float) -> float | None:
+        """Return for how long no round will need anybody who has reported; None for no time."""
+        rest_s = self.pace.rest_s if self.current else self.next_at_s - now_s
+        return rest_s if rest_s > 0 else None
 
     def expire(self) -> tuple[Action, ...]:
         """Let the deadline of the open round pass."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any, cast
 
 from coordinator.desk import Desk, Verdict
@@ -188,14 +189,14 @@ class Intake:
             raise MessageError(f"expected an update of at most {most} bytes, got {chunk.size}")
         frame = self._assembler.add(address.device, chunk)
         if frame is None:
-            return self._answer(desk, address.device, chunk) if chunk.probe else None
+            return self._probed(desk, address.device, chunk) if chunk.probe else None
         topic = topics.up(address.task, address.device, "update")
         match self._verified(topic, frame, key, MAX_TRANSFER):
             case (Update() as update, signed):
                 return self._count(desk, address.device, update, signed)
         return None
 
-    async def _answer(self, desk: Desk, device: str, chunk: Chunk) -> None:
+    async def _probed(self, desk: Desk, device: str, chunk: Chunk) -> None:
         """Say which chunks are missing, or that the update was counted and its receipt lost."""
         try:
             number = await self._store.round_of(desk.task.name, device, chunk.hash[:16])
@@ -206,7 +207,7 @@ class Intake:
             self._assembler.forget(device)
             update = chunk.hash[:16]
             receipt = Receipt(number, update, "duplicate", "", update)
-            await self._publisher.receipt(desk, device, receipt)
+            await self._answer(desk, device, receipt)
             return
         missing = self._assembler.missing(device, chunk.hash)
         if missing:
@@ -232,7 +233,12 @@ class Intake:
             self._complain(device, "refused", MessageError(answer.reason))
         else:
             self.counters[answer.outcome] += 1
-        await self._publisher.receipt(desk, device, answer)
+        await self._answer(desk, device, answer)
+
+    async def _answer(self, desk: Desk, device: str, receipt: Receipt) -> None:
+        """Send a receipt; it also tells when to come back."""
+        rest_s = desk.rest_s(self._now_s())
+        await self._publisher.receipt(desk, device, replace(receipt, rest_s=rest_s))
 
     async def _give_up(self, desk: Desk, device: str, update: Update, signed: Signed) -> Receipt:
         """Refuse an update in which the coordinator failed each time, through no fault proven."""

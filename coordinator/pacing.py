@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
+from edge_sdk.bounds import MAX_SECONDS
 from edge_sdk.errors import ConfigError
 
 HEARD = 20
@@ -20,6 +21,12 @@ HEARD = 20
 
 MOST = 3.0
 """Never invite more than this many times the cohort, however few devices complete."""
+
+CHECK_INS_PER_S = 500
+"""How many devices are asked to answer a roll call in a second."""
+
+MOST_SPREAD_S = 300.0
+"""However large the fleet, after so long everybody has answered."""
 
 MOST_STALE = 100
 """Versions that an update may be behind at the most."""
@@ -40,6 +47,7 @@ class Pace(NamedTuple):
         adapt: the deadline is this many times what the slowest tenth of devices lately needed.
         size: of the buffer; None for rounds.
         max_staleness: versions that an update may be behind; None as long as it is remembered.
+        rest_s: seconds from a version to the next round.
     """
 
     invite: Callable[[int, float, float], int]
@@ -53,6 +61,7 @@ class Pace(NamedTuple):
     adapt: float | None = None
     size: int | None = None
     max_staleness: int | None = None
+    rest_s: float = 0.0
 
     def time_for(self, lately_s: Sequence[float]) -> float:
         """Return the deadline of a round, seconds, from what reports lately took, seconds each."""
@@ -72,6 +81,7 @@ def rounds(
     select_s: float = 5.0,
     extend: int = 0,
     adapt: float | None = None,
+    rest_s: float = 0.0,
 ) -> Pace:
     """Synchronous rounds: invite a cohort, commit at the goal, else at the deadline with a quorum.
 
@@ -86,6 +96,8 @@ def rounds(
             before it is abandoned.
         adapt: cut the deadline to this many times what nine of ten reports lately took; None keeps
             `deadline_s`.
+        rest_s: after a version, wait this long before the next round begins; devices are told, and
+            need not check in again before.
 
     Raises: ConfigError when the numbers contradict each other.
     """
@@ -99,6 +111,8 @@ def rounds(
         select_s=select_s,
     )
     _check_patience(extend, adapt)
+    if not (_is_number(rest_s) and 0 <= rest_s <= MAX_SECONDS):
+        raise ConfigError(f"expected rest_s from 0 to 31 days in seconds, got {rest_s!r}")
 
     def invite(ready: int, waited_s: float, completion: float) -> int:
         factor = 1.0 / max(completion, 1e-9) if overselect == "auto" else overselect
@@ -118,10 +132,13 @@ def rounds(
             "select_s": select_s,
             "extend": extend,
             "adapt": adapt,
+            "rest_s": rest_s,
         },
     ]
     times = float(deadline_s), float(select_s)
-    return Pace(invite, cohort, need, *times, count, spec, extend=extend, adapt=adapt)
+    return Pace(
+        invite, cohort, need, *times, count, spec, extend=extend, adapt=adapt, rest_s=float(rest_s)
+    )
 
 
 def buffered(
@@ -196,6 +213,12 @@ def from_spec(spec: object) -> Pace:
     except TypeError as error:
         known = ", ".join(inspect.signature(PACES[name]).parameters)
         raise ConfigError(f"pace {name}: {error}; it takes {known}") from error
+
+
+def spread_s(devices: int) -> float | None:
+    """Return over how many seconds a fleet answers a roll call; None when it may do so at once."""
+    seconds = devices / CHECK_INS_PER_S
+    return min(seconds, MOST_SPREAD_S) if seconds >= 1 else None
 
 
 def _check(

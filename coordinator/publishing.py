@@ -69,6 +69,7 @@ class Publisher:
             state=state,
             patches=[len(patch.body) for patch in desk.patches],
         )
+            spread_s=desk.spread_s,
         await self._send(topics.offer(desk.task.name), offer, retain=True)
 
     async def invite(self, desk: Desk, device: str) -> None:

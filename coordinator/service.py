@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from coordinator import desk as desks
-from coordinator import sampling
+from coordinator import pacing, sampling
 from coordinator.clock import Clock, SystemClock
 from coordinator.desk import Desk, Next, RoundResult
 from coordinator.fleet import Fleet
@@ -162,9 +162,11 @@ class Coordinator:
                     await self._begin(desk, pace)
                 result = await self._finish(desk)
                 await self._publisher.model(desk, "open" if _goes_on(desk, pace) else "closed")
+                pause_s = pace.select_s if result.outcome == "abort" else pace.rest_s
+                desk.next_at_s = self._clock.monotonic() + pause_s
                 yield result
-                if result.outcome == "abort":
-                    await self._rest(desk, pace.select_s)
+                if _goes_on(desk, pace):
+                    await self._rest(desk)
         finally:
             self._running.discard(task.name)
 
@@ -225,6 +227,7 @@ class Coordinator:
             recent = max(desks.RECENT, (pace.max_staleness or 0) + 1)
             resumed = await self._store.resume(task.name, digest, first, recent)
             desk = desks.begin(task, bundle, pace, resumed, self._clock.monotonic())
+            desk.spread_s = pacing.spread_s(len(self.fleet.devices))
             self.fleet.recall(task.name)
             self._warden.hold(desk)
             self._intake.desks[task.name] = desk
@@ -374,12 +377,11 @@ class Coordinator:
                 log.warning("round waits for the disk task=%s reason=%s", task, error)
                 await self._clock.wait(asyncio.Event(), self._clock.monotonic() + RETRY_S)
 
-    async def _rest(self, desk: Desk, seconds: float) -> None:
-        """Pause after an abort, so that a fleet in trouble is not asked again at once."""
-        until_s = self._clock.monotonic() + seconds
-        while self._clock.monotonic() < until_s:
+    async def _rest(self, desk: Desk) -> None:
+        """Pause as the pace says, and after an abort: a fleet in trouble is not asked at once."""
+        while self._clock.monotonic() < desk.next_at_s:
             desk.changed.clear()
-            await self._wait(desk, until_s)
+            await self._wait(desk, desk.next_at_s)
 
     async def _wait(self, desk: Desk, until_s: float) -> bool:
         self._raise_if_failed()
@@ -398,6 +400,7 @@ class Coordinator:
 
     async def _call_roll(self, desk: Desk) -> None:
         desk.call = await self._store.next_call(desk.task.name)
+        desk.spread_s = pacing.spread_s(len(self.fleet.devices))
         self.fleet.recall(desk.task.name)
         await self._publisher.all(desk)
 

@@ -351,7 +351,9 @@ class Agent:
         self._count()
         self._meter.round_ended()
         self._failpoints.reach("on_receipt")
-        return [ev.Receipted(receipt.update, receipt.outcome, receipt.counted)]
+        rest_s = receipt.rest_s or 0.0
+        said = receipt.outcome, receipt.counted, rest_s, receipt.reason
+        return [ev.Receipted(receipt.update, *said)]
 
     def _conditions(self) -> list[ev.Event]:
         self._conditions_at = self._clock.monotonic()
@@ -464,6 +466,7 @@ class Agent:
             round=resumed,
             declined=self._stint.has_let_go,
             train_retry=Retry() if resumed else self._stint.retry,
+            device=self._key.id,
         )
 
     def _bad(self, reason: str) -> None:
@@ -513,3 +516,4 @@ def _offered(offer: Offer) -> ev.Offered:
         model_size=offer.model_size,
         is_open=offer.state == "open",
     )
+        spread_s=offer.spread_s or 0.0,

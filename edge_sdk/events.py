@@ -52,6 +52,8 @@ class Offered:
 
 
 @dataclass(frozen=True, slots=True)
+    spread_s: float = 0.0
+    """Over how long devices answer a new call."""
 class Invited:
     """We are in the cohort of a round that starts from the weights `model`."""
 
@@ -148,6 +150,9 @@ Event: TypeAlias = (
     | Offered
     | Invited
     | Fetched
+    rest_s: float = 0.0
+    """How long no round will need us."""
+    reason: str = ""
     | FetchFailed
     | ModelReady
     | ModelRefused

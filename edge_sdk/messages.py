@@ -31,6 +31,7 @@ from edge_sdk.bounds import (
     MaybeReal,
     MaybeSeconds,
     MaybeSizes,
+    MaybeTags,
     Natural,
     OfferState,
     Outcome,
@@ -71,6 +72,8 @@ class Status:
     """Grows with each start, so that the will of an old start cannot end a new one."""
     name: Label
     sdk: Label
+    tags: MaybeTags = None
+    """What the device says of itself, for choosing who takes part in a task."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,8 @@ class Offer:
     state: OfferState
     patches: MaybeSizes = None
     """Sizes of the patches that lead to `version`, the last to `version` itself, bytes."""
+    spread_s: MaybeSeconds = None
+    """Over how long devices answer a new call, each at its own moment; None is all at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +169,8 @@ class Receipt:
     """For a duplicate: the update of this device that was counted."""
 
 
+    rest_s: MaybeSeconds = None
+    """No round will need the device sooner: until then it need not check in again."""
 @dataclass(frozen=True, slots=True)
 class Missing:
     """The answer to a probe: which slices of a transfer have not come, the first of them."""

@@ -9,6 +9,7 @@ clock (a `Tick` carries the time), socket, thread, file or log.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -97,6 +98,7 @@ class Retry:
 class Session:
     """All that the device knows of its dealings with the coordinator."""
 
+    device: str = ""
     min_examples: int = 1
     now: float = 0.0
     is_online: bool = False
@@ -106,6 +108,8 @@ class Session:
     stands: CheckIn | None = None
     stands_at: float = 0.0
     bundle: bytes = b""  # on disk
+    answer_at: float = 0.0  # our moment in the spread of the roll call
+    rest_until: float = 0.0  # no round will need us before
     weights: bytes = b""  # on disk
     model: ModelReady | None = None  # in use
     fetching: Fetch | None = None
@@ -156,7 +160,9 @@ def next_due(state: Session) -> float | None:
     times = [u.due_at for u in state.unreceipted if state.is_online]
     times += [retry.at for retry in (state.fetch_retry, state.train_retry) if retry.at > state.now]
     if state.stands is not None and state.stands.ready:
-        times.append(state.stands_at + CHECK_IN_AGAIN_S)
+        times.append(max(state.stands_at + CHECK_IN_AGAIN_S, state.rest_until))
+    elif state.now < (at := max(state.answer_at, state.rest_until)):
+        times.append(at)
     if state.round is not None and state.round.phase is Phase.INVITED:
         times.append(state.round.deadline_at)
         if state.round.resumed_at is not None and state.offer is None:
@@ -197,7 +203,7 @@ def _surroundings(
         case Tick(now):
             return replace(state, now=max(now, state.now))
         case Connected():
-            return _all_due(replace(state, is_online=True, stands=None))
+            return _roll_called(replace(state, is_online=True), state.offer)
         case Disconnected():
             return replace(state, is_online=False, stands=None)
         case ConditionsChanged(hold, examples):
@@ -206,15 +212,29 @@ def _surroundings(
             return _sent(state, event)
 
 
-def _all_due(state: Session) -> Session:
-    due = tuple(replace(u, due_at=state.now, wait_s=RESEND_FIRST_S) for u in state.unreceipted)
+def _all_due(state: Session, at: float) -> Session:
+    due = tuple(replace(u, due_at=at, wait_s=RESEND_FIRST_S) for u in state.unreceipted)
     return replace(state, unreceipted=due)
 
 
 def _offered(state: Session, offer: Offered) -> Session:
+def _roll_called(state: Session, offer: Offered | None) -> Session:
+    """Say all again that may have been forgotten, at our own moment: a fleet does so at once."""
+    at = state.now
+    if offer is not None:
+        at += moment(state.device, offer.call) * offer.spread_s
+    return _all_due(replace(state, stands=None, answer_at=at), at)
+
+
+def moment(device: str, call: int) -> float:
+    """Return when in the spread of a roll call a device answers, from 0 up to 1."""
+    drawn = hashlib.sha256(f"{device}\0{call}".encode()).digest()[:8]
+    return int.from_bytes(drawn, "big") / 2**64
+
+
     known = state.offer
-    if known is not None and known.call != offer.call:  # the coordinator started anew
-        state = _all_due(replace(state, stands=None))
+    if known is None or known.call != offer.call:  # the coordinator started anew
+        state = _roll_called(state, offer)
     if known is None or (known.bundle, known.model) != (offer.bundle, offer.model):
         state = replace(state, fetch_retry=Retry())
     return replace(state, offer=offer)
@@ -222,7 +242,7 @@ def _offered(state: Session, offer: Offered) -> Session:
 
 def _invited(state: Session, invite: Invited) -> Session:
     if any(u.round == invite.round for u in state.unreceipted):  # it has not seen our update
-        return _all_due(state)
+        return _all_due(state, state.now)
     if invite.round == state.sent_round:
         return state
     fresh = Round(invite, state.now + invite.deadline_s)
@@ -303,7 +323,9 @@ def _receipted(state: Session, event: Receipted) -> tuple[Session, tuple[Action,
         return state, ()
     is_counted = event.outcome == "duplicate" and event.counted == event.update
     accepted = event.outcome in {"counted", "late"} or is_counted
-    return replace(state, unreceipted=left), (Drop(event.update, accepted),)
+    rest_until = max(state.rest_until, state.now + event.rest_s)
+    state = replace(state, unreceipted=left, rest_until=rest_until)
+    return state, (Drop(event.update, accepted),)
 
 
 # --- what to do about it ------------------------------------------------------------------------
@@ -386,6 +408,8 @@ def _plan_check_in(state: Session) -> tuple[Session, list[Action]]:
     if not (declined or ready != stood or (ready and is_old)):
         return state, []
     said = [CheckIn(offer.call, is_in, state.examples) for is_in in _standings(ready, declined)]
+    if ready and not declined and state.now < max(state.answer_at, state.rest_until):
+        return state, []  # neither at once with everybody, nor before a round can need us
     return replace(state, stands=said[-1], stands_at=state.now), [*said]
 
 

@@ -46,6 +46,28 @@ EXAMPLES: list[tuple[Message, DeviceKey, str]] = [
         HUB,
         topics.offer(TASK),
     ),
+    (
+        Status(
+            KEY.id,
+            KEY.public,
+            online=True,
+            boot=4,
+            name="pump-7",
+            sdk="fedge 0.1.0",
+            tags={"site": "north", "ram_mib": 2048, "t": -1.5, "beta": False},
+        ),
+        KEY,
+        topics.status(KEY.id),
+    ),
+    (
+        Offer(
+            *(TASK, 10, 4, 17, b"\1" * 32, b"\2" * 32, 30_000, 180_000, HUB.public, "open"),
+            patches=None,
+            spread_s=20.0,
+        ),
+        HUB,
+        topics.offer(TASK),
+    ),
     (CheckIn(9, ready=True, examples=240), KEY, topics.up(TASK, KEY.id, "checkin")),
     (
         Invite(4, 17, b"\2" * 32, 60.0, _SPEC, 5, None, None, 16, 0.05, None, 2**63 - 1),
@@ -85,6 +107,11 @@ EXAMPLES: list[tuple[Message, DeviceKey, str]] = [
     ),
     (
         Part("patch", b"\2" * 32, 17, 1, 2, 9, b"\x07" * 5),
+    (
+        Receipt(4, b"\4" * 16, "counted", rest_s=3600.0),
+        HUB,
+        topics.down(TASK, KEY.id, "receipt"),
+    ),
         HUB,
         topics.part(TASK, "patch", 1, 17),
     ),
@@ -164,6 +191,44 @@ def test_one_flipped_bit_never_passes(
     message: Message, key: DeviceKey, topic: str, data: Any
 ) -> None:
     frame = bytearray(messages.encode(message, key, topic))
+def test_what_came_before_there_were_tags_spreads_and_rests_is_read_without() -> None:
+    golden = json.loads(GOLDEN.read_text())
+    for kind, field in (("Status", "tags"), ("Offer", "spread_s"), ("Receipt", "rest_s")):
+        older = next(c for c in golden if c["kind"] == kind and field not in c["fields"])
+        message, _ = messages.decode(bytes.fromhex(older["frame"]), older["topic"])
+        assert getattr(message, field) is None
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [
+        {f"t{i}": 1 for i in range(17)},
+        {"9a": 1},
+        {"": 1},
+        {"a b": 1},
+        {"a": "x" * 65},
+        {"a": "x\n"},
+        {"a": None},
+        {"a": [1]},
+        {"a": math.inf},
+        {"a": 2**60},
+        {f"t{i}": "\u00e9" * 64 for i in range(9)},
+    ],
+)
+def test_tags_are_few_and_small(tags: dict[str, Any]) -> None:
+    status = dataclasses.replace(EXAMPLES[0][0], tags=tags)  # type: ignore[call-arg]  # a Status
+    with pytest.raises(MessageError, match="tags"):
+        messages.encode(status, KEY, topics.status(KEY.id))
+
+
+def test_as_many_tags_as_there_may_be_fit_a_frame() -> None:
+    tags = {f"t{i}": "\u00e9" * 30 for i in range(16)}
+    long = "\u20ac" * 64
+    status = Status(KEY.id, KEY.public, online=True, boot=2**63 - 1, name=long, sdk=long, tags=tags)
+    frame = messages.encode(status, KEY, topics.status(KEY.id))
+    assert messages.decode(frame, topics.status(KEY.id))[0] == status
+
+
     frame[data.draw(st.integers(0, len(frame) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     try:
         _, signed = messages.decode(bytes(frame), topic)
@@ -203,14 +268,16 @@ def test_every_field_refuses_what_is_not_of_its_kind(
 
 
 def _kinds(name: str) -> set[type]:
-    real = {"loss", "seconds", "deadline_s", "lr", "mu"}
+    real = {"loss", "seconds", "deadline_s", "lr", "mu", "spread_s", "rest_s"}
     text = {"name", "sdk", "reason"}
     flag = {"online", "ready", "probe"}
     kinds: set[type] = {str} if name in text else {bool} if name in flag else {int}
     return (
         {float}
         if name in real
-        else kinds | ({list} if name in {"codec", "patches", "missing"} else set())
+        else kinds
+        | ({list} if name in {"codec", "patches", "missing"} else set())
+        | ({dict} if name == "tags" else set())
     )
 
 
