@@ -220,10 +220,14 @@ def _all_due(state: Session, at: float) -> Session:
 def _offered(state: Session, offer: Offered) -> Session:
 def _roll_called(state: Session, offer: Offered | None) -> Session:
     """Say all again that may have been forgotten, at our own moment: a fleet does so at once."""
-    at = state.now
-    if offer is not None:
-        at += moment(state.device, offer.call) * offer.spread_s
+    at = _answer_at(state, offer)
     return _all_due(replace(state, stands=None, answer_at=at), at)
+
+
+def _answer_at(state: Session, offer: Offered | None) -> float:
+    if offer is None:
+        return state.now
+    return state.now + moment(state.device, offer.call) * offer.spread_s
 
 
 def moment(device: str, call: int) -> float:
@@ -233,7 +237,9 @@ def moment(device: str, call: int) -> float:
 
 
     known = state.offer
-    if known is None or known.call != offer.call:  # the coordinator started anew
+    if known is None:
+        state = replace(state, answer_at=_answer_at(state, offer))
+    elif known.call != offer.call:  # the coordinator started anew
         state = _roll_called(state, offer)
     if known is None or (known.bundle, known.model) != (offer.bundle, offer.model):
         state = replace(state, fetch_retry=Retry())

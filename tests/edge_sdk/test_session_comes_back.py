@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from edge_sdk import events as e
-from edge_sdk.session import CHECK_IN_AGAIN_S, Session, moment, next_due, step
+from edge_sdk.session import CHECK_IN_AGAIN_S, Session, Unreceipted, moment, next_due, step
 
 B1, W1 = b"bundle-1", b"weights-1"
 DEVICE = "d0123456789abcde"
@@ -82,6 +82,13 @@ def test_a_new_call_has_another_moment_which_also_holds_for_what_has_no_receipt(
     _, actions = run(state, e.Tick(at))
     assert said(actions) == [True]
     assert e.Resend(UPDATE) in actions
+
+
+def test_what_was_sent_again_at_the_start_is_not_sent_once_more_for_the_first_offer() -> None:
+    waiting = Session(device=DEVICE, unreceipted=(Unreceipted(UPDATE, 1),))
+    state, actions = run(waiting, e.Connected())
+    assert actions == [e.Resend(UPDATE)]
+    assert e.Resend(UPDATE) not in run(state, OFFER)[1]
 
 
 def test_after_a_reconnect_a_fleet_is_spread_as_well() -> None:
