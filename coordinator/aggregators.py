@@ -17,6 +17,7 @@ import numpy as np
 from coordinator import robust, sums
 from coordinator.sums import WEIGHT_ONE, Sum, weight_of
 from edge_sdk.codec import Lattice
+from edge_sdk.correction import plain_steps
 from edge_sdk.errors import ConfigError
 from edge_sdk.types import Array, Spec
 
@@ -46,11 +47,16 @@ Sums = dict[int, Sum]
 """The sums on their way, by bucket."""
 
 
+def _updates(state: Sums) -> int:
+    return sum(one.updates for one in state.values())
+
+
 class Aggregator(NamedTuple):
     """A fold of updates as a value.
 
     `add(state, update, report)` uses the state passed in up. `buckets`: how many sums it keeps, 0
-    for one for each device.
+    for one for each device. `count` says how many updates there were; `beside` a second vector,
+    for a server optimizer that asks for one.
     """
 
     spec: Spec
@@ -58,6 +64,8 @@ class Aggregator(NamedTuple):
     add: Callable[[Sums, Lattice, Report], Sums]
     result: Callable[[Sums], Array]
     buckets: int = 1
+    count: Callable[[Sums], int] = _updates
+    beside: Callable[[Sums], Array] | None = None
 
 
 def weighted_mean() -> Aggregator:
@@ -78,6 +86,34 @@ def plain_mean() -> Aggregator:
     return _mean("plain_mean", {}, add)
 
 
+def stepwise_mean(decay: float = 0.0) -> Aggregator:
+    """Average deltas as `plain_mean` does and, beside that, what a step of each moved: SCAFFOLD.
+
+    Karimireddy et al. 2020, algorithm 1, lines 12 to 17, where c_i cancels out of the change of
+    c_i. `decay` is that of the devices' momentum.
+    """
+    if not 0 <= decay < 1:
+        raise ConfigError(f"stepwise_mean: expected decay from 0 to below 1, got {decay}")
+
+    def init(count: int) -> Sums:
+        return {0: sums.init(count), 1: sums.init(count)}
+
+    def add(state: Sums, update: Lattice, report: Report) -> Sums:
+        weight, steps = weight_of(1, report.discount), plain_steps(report.steps, decay)
+        per_step = update._replace(step=update.step / steps)
+        whole = sums.add(state[0], update, weight, mass=WEIGHT_ONE)  # the larger: refuses first
+        return {0: whole, 1: sums.add(state[1], per_step, weight, mass=WEIGHT_ONE)}
+
+    return Aggregator(
+        ["stepwise_mean", {"decay": decay}],
+        init,
+        add,
+        lambda state: sums.mean(state[0]),
+        count=lambda state: state[0].updates,
+        beside=lambda state: sums.mean(state[1]),
+    )
+
+
 def normalized_mean(decay: float = 0.0) -> Aggregator:
     """Average deltas per local step, times the steps that were taken on average: FedNova.
 
@@ -89,7 +125,7 @@ def normalized_mean(decay: float = 0.0) -> Aggregator:
         raise ConfigError(f"normalized_mean: expected decay from 0 to below 1, got {decay}")
 
     def add(one: Sum, update: Lattice, report: Report) -> Sum:
-        steps = _steps(report.steps, decay)
+        steps = plain_steps(report.steps, decay)
         weight = _weight(report)
         per_step = update._replace(step=update.step / steps)
         return sums.add(one, per_step, weight, work=round(weight * steps))
@@ -225,17 +261,10 @@ def _weight(report: Report) -> int:
     return weight_of(report.examples, report.discount)
 
 
-def _steps(steps: int, decay: float) -> float:
-    """Return how far `steps` of SGD with momentum go, in plain steps."""
-    count = max(1, steps)
-    if decay == 0:
-        return float(count)
-    return (count - decay * (1 - decay**count) / (1 - decay)) / (1 - decay)
-
-
 FACTORIES: dict[str, Callable[..., Aggregator]] = {
     "weighted_mean": weighted_mean,
     "plain_mean": plain_mean,
+    "stepwise_mean": stepwise_mean,
     "normalized_mean": normalized_mean,
     "fair_mean": fair_mean,
     "median": median,

@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from edge_sdk.correction import pack, unpack
 from edge_sdk.errors import ConfigError, StoreError
 from edge_sdk.types import Array, Spec
 
@@ -32,21 +33,33 @@ class Slots:
 
 
 class Step(Protocol):
-    """What makes the next version of the mean of `updates` deltas; leaves its inputs alone."""
+    """What makes the next version of the mean of `updates` deltas; leaves its inputs alone.
+
+    `beside`: what the aggregator has beside the mean.
+    """
 
     def __call__(
-        self, params: Array, mean_delta: Array, state: Slots, updates: int = 1
+        self,
+        params: Array,
+        mean_delta: Array,
+        state: Slots,
+        updates: int = 1,
+        beside: Array | None = None,
     ) -> tuple[Array, Slots]: ...
 
 
 class ServerOptimizer(NamedTuple):
-    """A server optimizer as a value."""
+    """A server optimizer as a value. `control` is what devices are told of its state, if anything.
+
+    As bytes: see `edge_sdk.correction.unpack`.
+    """
 
     spec: Spec
     init: Callable[[int], Slots]
     step: Step
     dump: Callable[[Slots], bytes]
     load: Callable[[bytes, int], Slots]
+    control: Callable[[Slots], bytes] | None = None
 
 
 def sgd(lr: float = 1.0) -> ServerOptimizer:
@@ -104,20 +117,51 @@ def dynamic(devices: int = 100) -> ServerOptimizer:
     """Add the mean delta and the mean over all `devices` of what each ever added: x + d + s.
 
     The server of FedDyn (Acar et al. 2021, "Federated learning based on dynamic regularization",
-    algorithm 1), which has h = h - alpha * (sum of d) / m and x = mean of models - h / alpha; s here
-    is -h / alpha.
+    algorithm 1): h = h - alpha * (sum of d) / m and x = mean of models - h / alpha. Here s is
+    -h / alpha.
     """
-    if devices < 1:
-        raise ConfigError(f"dynamic: expected at least 1 device, got {devices}")
+    _at_least_one("dynamic", devices)
 
     def step(
-        params: Array, mean_delta: Array, state: Slots, updates: int = 1
+        params: Array,
+        mean_delta: Array,
+        state: Slots,
+        updates: int = 1,
+        beside: Array | None = None,
     ) -> tuple[Array, Slots]:
+        del beside
         (s,) = state.vectors
-        s = s + np.float32(updates / devices) * mean_delta
+        s = s + np.float32(min(1.0, updates / devices)) * mean_delta
         return params + mean_delta + s, Slots((s,))
 
     return _optimizer("dynamic", {"devices": devices}, (0.0,), step)
+
+
+def controlled(lr: float = 1.0, *, devices: int = 20) -> ServerOptimizer:
+    """Add `lr` times the mean delta, and keep what a step of all `devices` moves: SCAFFOLD.
+
+    Karimireddy et al. 2020, algorithm 1, lines 16 and 17, with u = -local_lr * c: u becomes
+    u + (sum over those who reported of d / steps - u) / m. The u that is taken off is the one that
+    devices were told, so that theirs and this one agree.
+    """
+    _positive("controlled", "lr", lr)
+    _at_least_one("controlled", devices)
+
+    def step(
+        params: Array,
+        mean_delta: Array,
+        state: Slots,
+        updates: int = 1,
+        beside: Array | None = None,
+    ) -> tuple[Array, Slots]:
+        (u,) = state.vectors
+        if beside is not None:
+            told = unpack(pack(u), u.size)
+            u = u + np.float32(min(1.0, updates / devices)) * (beside - told)
+        return params + np.float32(lr) * mean_delta, Slots((u,))
+
+    made = _optimizer("controlled", {"lr": lr, "devices": devices}, (0.0,), step)
+    return made._replace(control=lambda state: pack(state.vectors[0]))
 
 
 KNOWN: dict[str, tuple[str, ...]] = {
@@ -127,6 +171,7 @@ KNOWN: dict[str, tuple[str, ...]] = {
     "adam": ("lr", "b1", "b2", "tau"),
     "yogi": ("lr", "b1", "b2", "tau"),
     "dynamic": ("devices",),
+    "controlled": ("lr", "devices"),
 }
 FACTORIES: dict[str, Callable[..., ServerOptimizer]] = {
     "sgd": sgd,
@@ -135,6 +180,7 @@ FACTORIES: dict[str, Callable[..., ServerOptimizer]] = {
     "adam": adam,
     "yogi": yogi,
     "dynamic": dynamic,
+    "controlled": controlled,
 }
 
 
@@ -172,9 +218,13 @@ def _plain(step: Callable[[Array, Array, Slots], tuple[Array, Slots]]) -> Step:
     """Make a step of one that does not ask how many devices the mean is of."""
 
     def of_any(
-        params: Array, mean_delta: Array, state: Slots, updates: int = 1
+        params: Array,
+        mean_delta: Array,
+        state: Slots,
+        updates: int = 1,
+        beside: Array | None = None,
     ) -> tuple[Array, Slots]:
-        del updates
+        del updates, beside
         return step(params, mean_delta, state)
 
     return of_any
@@ -239,6 +289,11 @@ def _load(data: bytes, count: int, slots: int, name: str) -> Slots:
 def _positive(name: str, key: str, value: float) -> None:
     if not (value > 0 and math.isfinite(value)):
         raise ConfigError(f"{name}: expected {key} above 0, got {value}")
+
+
+def _at_least_one(name: str, devices: float) -> None:
+    if not devices >= 1:
+        raise ConfigError(f"{name}: expected at least 1 device, got {devices}")
 
 
 def _share(name: str, key: str, value: float) -> None:

@@ -24,6 +24,7 @@ class Publisher:
     def __init__(self, link: Link, signer: Signer) -> None:
         self._link = link
         self._signer = signer
+        self._controls: dict[str, tuple[bytes, bytes]] = {}
         self.bytes_down = 0
         """Bytes handed to the broker; it multiplies retained ones by its subscribers."""
 
@@ -91,8 +92,23 @@ class Publisher:
             mu=task.pull,
             seed=seed_of(device, r.seed),
             correction=task.strategy.correction,
+            body=self._control(desk),
         )
         await self._send(topics.down(task.name, device, "invite"), invite)
+
+    def _control(self, desk: Desk) -> bytes:
+        """Return what the newest version's strategy tells devices: made once for each version."""
+        server, name = desk.task.strategy.server, desk.task.name
+        if server.control is None:
+            return b""
+        known = self._controls.get(name)
+        if known is None or known[0] != desk.version.digest:
+            known = (
+                desk.version.digest,
+                server.control(server.load(desk.version.optimizer, desk.size)),
+            )
+            self._controls[name] = known
+        return known[1]
 
     async def receipt(self, desk: Desk, device: str, receipt: Receipt) -> None:
         """Tell a device what became of its update; after the store's commit, never before."""

@@ -18,6 +18,9 @@ from coordinator.optimizers import ServerOptimizer
 from edge_sdk.errors import ConfigError
 from edge_sdk.types import Spec
 
+HOLD = 1e-4
+"""SCAFFOLD's mu: its correction comes by way of the anchor, the pull to the base is nothing."""
+
 Discount = Callable[[int], float]
 """From staleness, in versions, to the share of its weight that an update keeps: above 0 up to 1."""
 
@@ -155,6 +158,33 @@ def feddyn(
     return made._replace(mu=alpha, correction="feddyn")
 
 
+def scaffold(
+    lr: float = 1.0,
+    *,
+    devices: int = 20,
+    decay: float = 0.0,
+    staleness: float = 0.0,
+    clip: float | None = None,
+) -> Strategy:
+    """Let each device's steps be as all devices' together (Karimireddy et al. 2020, option II).
+
+    What a step of a device moves the weights by is known from its last round; the difference to
+    that of all `devices` of the task, which comes with the invitation, is taken off its gradients.
+    `decay` is that of the devices' momentum. The bundle must be built with `proximal=True`, with
+    sgd or momentum, for at most 150,000 trainable numbers. As with `feddyn`, a discount or a clip
+    makes the coordinator count less than a device does.
+    """
+    made = _strategy(
+        "scaffold",
+        optimizers.controlled(lr, devices=devices),
+        staleness,
+        clip,
+        fold=aggregators.stepwise_mean(decay),
+        settings={"decay": decay},
+    )
+    return made._replace(mu=HOLD, correction="scaffold")
+
+
 def qfedavg(
     q: float = 0.2, *, local_lr: float = 0.1, staleness: float = 0.5, clip: float | None = None
 ) -> Strategy:
@@ -249,6 +279,7 @@ FACTORIES: dict[str, Callable[..., Strategy]] = {
         fednova,
         fedbuff,
         feddyn,
+        scaffold,
         qfedavg,
         median,
         trimmed_mean,

@@ -12,8 +12,9 @@ from coordinator.quarantine import Rules
 from coordinator.strategy import Strategy, fedavg
 from coordinator.sums import MAX_EXAMPLES
 from edge_sdk import codec as codecs
-from edge_sdk import topics
+from edge_sdk import params, topics
 from edge_sdk.bundle import Bundle
+from edge_sdk.correction import MOST, decay_of
 from edge_sdk.errors import CodecError, ConfigError, MessageError
 from edge_sdk.types import Spec
 
@@ -92,6 +93,26 @@ class Task:
         if not (isinstance(self.seed, int) and 0 <= self.seed < 2**31):
             raise ConfigError(f"task {self.name}: expected a seed below 2**31, got {self.seed!r}")
 
+    def _check_control(self, bundle: Bundle) -> None:
+        """Refuse a control that fits no invitation, or that steps of this bundle do not follow."""
+        strategy, count = self.strategy, params.count(bundle.shapes)
+        if strategy.server.control is None:
+            return
+        if count > MOST:
+            raise ConfigError(
+                f"task {self.name}: {strategy.name} sends a control with each invitation, for at "
+                f"most {MOST} trainable numbers, got {count}; train fewer layers or take feddyn"
+            )
+        settings = strategy.spec[1]
+        told = settings["decay"] if isinstance(settings, dict) else 0.0
+        found = decay_of(bundle.manifest["optimizer"])
+        if found is None or told != found:
+            needs = "sgd or momentum" if found is None else f"decay = {found:g}"
+            raise ConfigError(
+                f"task {self.name}: {strategy.name} follows the devices' steps and needs {needs} "
+                f"here, got decay = {told:g} and a bundle of {bundle.manifest['optimizer']!r:.60}"
+            )
+
     def _check_support(self) -> None:
         """Refuse a rule that compares devices number by number where they send different ones."""
         aggregator = self.strategy.aggregator
@@ -136,6 +157,7 @@ class Task:
                 f"task {self.name}: {'mu' if self.mu else self.strategy.name} needs a bundle built "
                 "with proximal=True; rebuild it with fedge build --proximal"
             )
+        self._check_control(bundle)
         return bundle
 
 

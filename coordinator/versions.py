@@ -55,9 +55,9 @@ def next_version(
     size = params.count(bundle.shapes)
     with np.errstate(all="ignore"):  # what is not finite is found below
         mean = aggregator.result(total)
-        count = sum(one.updates for one in total.values())
-        known = server.load(before.optimizer, size)
-        target, state = server.step(target_of(before), mean, known, count)
+        beside = aggregator.beside(total) if aggregator.beside else None
+        known, count = server.load(before.optimizer, size), aggregator.count(total)
+        target, state = server.step(target_of(before), mean, known, count, beside)
     if not np.isfinite(target).all():
         return None
     if (down := task.down) is None:

@@ -126,6 +126,8 @@ class Invite:
     seed: Word63
     correction: MaybeCorrection = None
     """What the device adds to its gradients; `mu` pulls it to the anchor that this moves."""
+    body: bytes = b""
+    """What the correction needs to know of all devices, as `correction.unpack` reads it."""
 
 
 @dataclass(frozen=True, slots=True)

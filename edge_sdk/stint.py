@@ -129,7 +129,7 @@ class Stint:
         try:
             self._note(invite, bundle.digest, left_s)
             anchor = self._uploads.anchor(invite, model.weights, bundle)
-        except StoreError as error:
+        except FedgeError as error:
             log.warning("training not begun round=%d reason=%s", round_, error)
             return [ev.TrainFailed(round_)]
         given = budget(invite, left_s, self._meter.left_s)

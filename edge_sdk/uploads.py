@@ -18,7 +18,7 @@ import numpy as np
 from edge_sdk import chunks, codec, files, messages, topics
 from edge_sdk.bundle import Bundle
 from edge_sdk.codec import Codec, State
-from edge_sdk.correction import CORRECTIONS
+from edge_sdk.correction import CORRECTIONS, Terms, decay_of, plain_steps, unpack
 from edge_sdk.errors import CodecError, StoreError
 from edge_sdk.failpoints import Failpoints
 from edge_sdk.messages import Chunk, Invite, Missing, Update
@@ -27,7 +27,7 @@ from edge_sdk.params import count, flatten, unflatten
 from edge_sdk.signing import Identity
 from edge_sdk.store import Residual, Store
 from edge_sdk.training import TrainResult
-from edge_sdk.types import Array, Params, Shapes, Spec
+from edge_sdk.types import Array, Params, Spec
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class Uploads:
         state = self._state(chain, known, invite.codec, bundle)
         blob, pending = chain.encode(self._delta(trained.delta, bundle), state)
         method, own = invite.correction or "", self._own(known, invite, bundle)
-        moved = b"" if own is None else _moved(method, own, blob, bundle.shapes)
+        moved = b"" if own is None else _moved(own, blob, invite, bundle, trained.steps)
         frame = messages.encode(
             Update(
                 round=invite.round,
@@ -141,14 +141,16 @@ class Uploads:
         """Write what a round's training is pulled to: the weights, moved by its correction.
 
         None where the round has none, and it is the weights themselves.
-        Raises: StoreError when the weights are gone or the disk refuses.
+        Raises: StoreError when the weights are gone or the disk refuses; CodecError when what the
+            invitation brought does not add up.
         """
         own, base = self._own(self._newest(), invite, bundle), self._store.weights(weights)
         if own is None or invite.correction is None:
             return None
         if base is None:
             raise StoreError("expected the weights on disk, they are damaged; fetch again")
-        moved = CORRECTIONS[invite.correction].anchor(_flat(base), own)
+        terms = _terms(invite, bundle, 1)
+        moved = CORRECTIONS[invite.correction].anchor(_flat(base), own, terms)
         path = self._store.train / f"{invite.round}.anchor.bin"
         files.write(path, moved.astype("<f4").tobytes(), mode=0o600, disk=self._store.disk)
         return path
@@ -213,10 +215,22 @@ class Uploads:
             ) from error
 
 
-def _moved(method: str, own: Array, blob: bytes, shapes: Shapes) -> bytes:
+def _moved(own: Array, blob: bytes, invite: Invite, bundle: Bundle, steps: int) -> bytes:
     """Return what a correction remembers once an update, as it is decoded, has counted."""
-    flat = flatten(codec.decode(blob, shapes), shapes)
-    return CORRECTIONS[method].after(own, flat).astype("<f4").tobytes()
+    flat = flatten(codec.decode(blob, bundle.shapes), bundle.shapes)
+    terms = _terms(invite, bundle, steps)
+    moved = CORRECTIONS[invite.correction or ""].after(own, flat, terms)
+    return moved.astype("<f4").tobytes()
+
+
+def _terms(invite: Invite, bundle: Bundle, steps: int) -> Terms:
+    manifest = bundle.manifest
+    return Terms(
+        mu=invite.mu or 0.0,
+        lr=float(manifest["lr"] if invite.lr is None else invite.lr),
+        steps=plain_steps(steps, decay_of(manifest["optimizer"]) or 0.0),
+        control=unpack(invite.body, count(bundle.shapes)),
+    )
 
 
 def _flat(data: bytes) -> Array:

@@ -25,6 +25,7 @@ EVERY = [
     strategy.fednova(decay=0.9),
     strategy.fedbuff(0.5),
     strategy.feddyn(0.2, devices=12),
+    strategy.scaffold(0.5, devices=12, decay=0.9),
     strategy.qfedavg(1.0, clip=2.0),
     strategy.median(buckets=5),
     strategy.trimmed_mean(0.3, clip=0.5),
@@ -130,3 +131,16 @@ def test_feddyn_sets_the_pull_itself_and_needs_a_bundle_that_can_be_pulled() -> 
     ):
         Task("t", mlp(), strategy=dyn).load()
     assert Task("t", mlp(proximal=True), strategy=dyn).load().manifest["proximal"]
+
+
+def test_scaffold_needs_a_bundle_whose_steps_it_can_follow() -> None:
+    plain, quick = strategy.scaffold(), strategy.scaffold(decay=0.9)
+    plain_bundle = mlp(proximal=True)
+    assert Task("t", plain_bundle, strategy=plain).load() is plain_bundle
+    with pytest.raises(ConfigError, match=r"needs decay = 0 here, got decay = 0.9"):
+        Task("t", plain_bundle, strategy=quick).load()
+    with pytest.raises(ConfigError, match="scaffold needs a bundle built with proximal=True"):
+        Task("t", mlp(), strategy=plain).load()
+    large = mlp(sizes=(400, 400, 3), proximal=True)
+    with pytest.raises(ConfigError, match="for at most 150000 trainable numbers, got 161603"):
+        Task("t", large, strategy=plain).load()

@@ -12,7 +12,7 @@ import pytest
 from coordinator import strategy
 from coordinator.aggregators import Report
 from edge_sdk import codec, params
-from edge_sdk.correction import CORRECTIONS
+from edge_sdk.correction import CORRECTIONS, Terms, unpack
 from edge_sdk.types import Params, Shapes
 
 SHAPES: Shapes = {"w0": (16, 48), "b0": (48,), "w1": (48, 6), "b1": (6,)}
@@ -64,10 +64,12 @@ def accuracy(
     correction = CORRECTIONS[s.correction] if s.correction else None
     for _ in range(rounds):
         base, total = params.unflatten(model, SHAPES), s.aggregator.init(COUNT)
+        told = s.server.control(memory) if s.server.control else b""
+        terms = Terms(s.mu or 0.0, 0.1, 1.0, unpack(told, COUNT))
         for i in rng.choice(12, cohort, replace=False):
             mine = rng.permutation(shards[i])
-            anchor = correction.anchor(model, owns[i]) if correction else model
-            pull = np.float32(s.mu or 0.0), params.unflatten(anchor, SHAPES)
+            anchor = correction.anchor(model, owns[i], terms) if correction else model
+            pull = np.float32(terms.mu), params.unflatten(anchor, SHAPES)
             delta = train(base, x[mine], y[mine], pull)
             if i < poisoned:
                 delta = {k: np.float32(-4) * v for k, v in delta.items()}
@@ -75,11 +77,14 @@ def accuracy(
             states[i] = c.commit(pending)
             sent += len(blob)
             if correction:
-                owns[i] = correction.after(owns[i], params.flatten(c.decode(blob, SHAPES), SHAPES))
+                sent, steps = params.flatten(c.decode(blob, SHAPES), SHAPES), -(-len(mine) // 10)
+                owns[i] = correction.after(owns[i], sent, terms._replace(steps=steps))
             lattice = codec.lattice(blob, SHAPES)
             report = Report(len(mine), -(-len(mine) // 10), 1.0, codec.norm(lattice), bucket=i % 8)
             total = s.aggregator.add(total, lattice, report)
-        model, memory = s.server.step(model, s.aggregator.result(total), memory, cohort)
+        beside = s.aggregator.beside(total) if s.aggregator.beside else None
+        mean, count = s.aggregator.result(total), s.aggregator.count(total)
+        model, memory = s.server.step(model, mean, memory, count, beside)
     z = forward(params.unflatten(model, SHAPES), x[1800:])[1]
     return float((z.argmax(1) == y[1800:]).mean()), sent / (cohort * rounds)
 

@@ -12,6 +12,7 @@ from hand_bundles import examples, mlp
 from scripted_coordinator import TASK, FakeTraining, Scripted, until, weights_of
 
 from edge_sdk import codec, params
+from edge_sdk.correction import pack, unpack
 from edge_sdk.device import Device
 from edge_sdk.store import Residual
 from edge_sdk.transport.memory import MemoryBroker
@@ -151,6 +152,30 @@ def test_it_outlives_the_process_and_ends_with_the_method_or_the_bundle(scene: S
     scene.device._store.set_residual(kept)
     scene.round("counted")
     np.testing.assert_array_equal(scene.training.anchors[3], START)
+
+
+def test_scaffold_steps_by_the_difference_to_all_devices(scene: Scene) -> None:
+    rng, mu, lr = np.random.default_rng(5), 1e-4, 0.05
+    body = pack(rng.normal(size=START.size).astype(np.float32))
+    control = unpack(body, START.size)
+    first = scene.round("counted", mu=mu, lr=lr, correction="scaffold")
+    np.testing.assert_array_equal(scene.training.anchors[0], START)
+    np.testing.assert_allclose(scene.own, first / 3)  # of three steps
+    own = scene.own.copy()
+    said = {"mu": mu, "lr": lr, "correction": "scaffold", "body": body}
+    second = scene.round("counted", **said)
+    wanted = START - (own - control) / np.float32(mu * lr)
+    np.testing.assert_allclose(scene.training.anchors[1], wanted, rtol=1e-5)
+    np.testing.assert_allclose(scene.own, own - control + second / 3, rtol=1e-5, atol=1e-6)
+
+
+def test_a_control_of_another_model_is_declined_and_the_next_round_taken(scene: Scene) -> None:
+    scene.coordinator.invite(
+        scene.device.id, mu=1e-4, correction="scaffold", body=pack(np.ones(5, np.float32))
+    )
+    until(lambda: not scene.coordinator.checkins[-1].ready, scene.broker)
+    assert not scene.training.jobs
+    assert scene.device.status()["state"] == "idle"
 
 
 def test_a_record_says_whose_memory_it_is_and_older_records_have_none() -> None:

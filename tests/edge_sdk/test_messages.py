@@ -80,6 +80,13 @@ EXAMPLES: list[tuple[Message, DeviceKey, str]] = [
         topics.down(TASK, KEY.id, "invite"),
     ),
     (
+        Invite(
+            4, 17, b"\2" * 32, 60.0, _SPEC, 5, *[None] * 3, 0.05, 1e-4, 7, "scaffold", b"\1" * 9
+        ),
+        HUB,
+        topics.down(TASK, KEY.id, "invite"),
+    ),
+    (
         Update(4, 17, 240, 75, 0.125, 3.5, b"\5" * 40),
         KEY,
         topics.up(TASK, KEY.id, "update"),
