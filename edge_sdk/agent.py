@@ -25,6 +25,7 @@ from edge_sdk.errand import Errand, Errands
 from edge_sdk.errors import FedgeError, MessageError, RefusedError, StoreError
 from edge_sdk.failpoints import Failpoints
 from edge_sdk.fetching import Fetching
+from edge_sdk.journal import Journal
 from edge_sdk.limits import Limits
 from edge_sdk.local import Local
 from edge_sdk.messages import Invite, Missing, Offer, Part, Receipt
@@ -120,6 +121,8 @@ class Agent:
         self._queued_bytes, self._queue_lock = 0, threading.Lock()
         usage = store.folder / "usage.json"
         self._meter = Meter(usage, settings.limits, clock, settings.root, store.disk)
+        where, counters = store.folder / "why", transport.counters
+        self._journal = Journal(where, clock, counters, settings.boot, store.disk)
         self._may_train = settings.conditions & within(settings.limits)
         self._fetching = Fetching(settings.task, store, local, transport, self._may_take)
         self._stint = Stint(
@@ -141,8 +144,10 @@ class Agent:
         self._session = self._first_session()
         self._offer: Offer | None = None
         self._conditions_at = self._status_at = self._bad_logged_at = float("-inf")
+        self._journal_at = clock.monotonic()
         self._lapsed: tuple[str, ...] = ()
         self._written: dict[str, Any] = {}
+        local.when_decided = lambda: self._queue.put(list)  # a turn looks at the trial
         self._thread = threading.Thread(target=self._run, name=f"fedge-agent-{key.id}", daemon=True)
 
     # --- from other threads -------------------------------------------------------------------
@@ -176,6 +181,7 @@ class Agent:
         self._fetching.close()
         self._count()
         self._meter.close()
+        self._journal.flush()
         self._written = {}
         self._write_status()
 
@@ -206,6 +212,11 @@ class Agent:
             "bundle": model.bundle if model else None,
             "model": model.weights if model else None,
             "refused": self._local.refused,
+            "on_trial": self._local.slots.trial is not None,
+            "models_refused": [
+                {"version": r.model.version, "model": r.model.weights, "reason": r.reason}
+                for r in self._local.slots.refused
+            ],
             "examples": self._local.examples,
             "error_threshold": self._local.threshold,
             "ready": session.is_ready,
@@ -280,9 +291,12 @@ class Agent:
         return []
 
     def _due(self) -> list[ev.Event]:
-        now, events = self._clock.monotonic(), list[ev.Event]()
+        now, events = self._clock.monotonic(), self._guarded(self._look_at_trial)
         if now >= self._conditions_at + CONDITIONS_POLL_S:
             events += self._conditions()
+        if now >= self._journal_at + STATUS_EVERY_S:
+            self._journal_at = now
+            self._journal.flush()
         if now >= self._status_at + STATUS_EVERY_S:
             self._write_status()
         return events + self._fetching.look(now)
@@ -293,7 +307,9 @@ class Agent:
             event = pending.popleft()
             if isinstance(event, ev.BundleRefused):
                 self._write_status()  # somebody will want to know
-            self._session, actions = step(self._session, event)
+            before = self._session
+            self._session, actions = step(before, event)
+            self._journal.note(before, event, self._session, actions)
             for action in actions:
                 pending += self._guarded(partial(self._do, action))
 
@@ -370,7 +386,7 @@ class Agent:
         if lapsed != self._lapsed:
             log.info("conditions lapsed=%s", ",".join(lapsed) or "none")
         self._lapsed = lapsed
-        return [ev.ConditionsChanged(not lapsed, examples)]
+        return [ev.ConditionsChanged(not lapsed, examples, lapsed)]
 
     def _count(self) -> None:
         counters = self._transport.counters
@@ -413,20 +429,37 @@ class Agent:
             model = self._local.switch(action.bundle, action.model, action.version)
         except StoreError as error:
             log.warning("model not switched version=%d reason=%s", action.version, error)
-            return [ev.SwitchFailed(action.bundle, action.model)]
-        except RefusedError:  # said in the log by whoever judged it
-            return [ev.BundleRefused(action.bundle)]
+            return [ev.SwitchFailed(action.bundle, action.model, str(error))]
+        except RefusedError as error:  # said in the log by whoever judged it
+            return [ev.BundleRefused(action.bundle, str(error))]
         except (FedgeError, ModuleNotFoundError) as error:
             log.warning("model refused version=%d reason=%s", action.version, error)
-            return [ev.ModelRefused(action.bundle, action.model)]
+            return [ev.ModelRefused(action.bundle, action.model, str(error))]
         log.info("model in use version=%d weights=%s", model.version, model.weights[:12])
-        self._store.forget_models({model.bundle, model.weights} | self._stint.in_use)
+        self._in_use(model)
+        return [ev.ModelReady(action.bundle, action.model, action.version)]
+
+    def _in_use(self, model: Model) -> None:
+        """Tidy up after a switch, and tell whoever wants to know."""
+        here = {model.bundle, model.weights} | self._local.slots.kept
+        self._store.forget_models(here | self._stint.in_use)
         self._write_status()
         try:
             self._on_updated(model)
         except Exception:  # the app's own code
             log.exception("when_updated failed, going on")
-        return [ev.ModelReady(action.bundle, action.model, action.version)]
+
+    def _look_at_trial(self) -> list[ev.Event]:
+        refusal = self._local.look(self._clock.monotonic())
+        model = self._local.model
+        if refusal is None or model is None:
+            return []
+        self._in_use(model)
+        bad, good = refusal.model, model
+        return [
+            ev.ModelRefused(bytes.fromhex(bad.bundle), bytes.fromhex(bad.weights)),
+            ev.ModelReady(bytes.fromhex(good.bundle), bytes.fromhex(good.weights), good.version),
+        ]
 
     def _do_round(
         self, action: ev.Train | ev.StopTraining | ev.Submit | ev.Abandon
@@ -456,17 +489,18 @@ class Agent:
         unreceipted = tuple(Unreceipted(w.update, w.round) for w in self._outbox)
         resumed = self._stint.resumed(u.round for u in unreceipted)
         return Session(
+            device=self._key.id,
             min_examples=self._settings.min_examples,
             now=self._clock.monotonic(),
             bundle=ready.bundle if ready else b"",
             weights=ready.model if ready else b"",
             model=ready,
+            refused=tuple(bytes.fromhex(r.model.weights) for r in self._local.slots.refused),
             refused_bundle=bytes.fromhex(refused["bundle"]) if refused else b"",
             unreceipted=unreceipted,
             round=resumed,
             declined=self._stint.has_let_go,
             train_retry=Retry() if resumed else self._stint.retry,
-            device=self._key.id,
         )
 
     def _bad(self, reason: str) -> None:
@@ -515,5 +549,5 @@ def _offered(offer: Offer) -> ev.Offered:
         bundle_size=offer.bundle_size,
         model_size=offer.model_size,
         is_open=offer.state == "open",
-    )
         spread_s=offer.spread_s or 0.0,
+    )

@@ -179,6 +179,35 @@ def doctor(args: argparse.Namespace) -> int:
     return next((code for _, ok, _, code in results if not ok), 0)
 
 
+def why(args: argparse.Namespace) -> int:
+    """Tell what happened to the device: selections, refusals, receipts, and the reasons."""
+    from edge_sdk import journal
+    from edge_sdk.why import line
+
+    folder = _state(_config(args)) / "why"
+    found = [e for e in journal.read(folder) if args.round in (None, e.get("round"))]
+    found = found[-args.last :]
+    if args.json:
+        for entry in found:
+            print(json.dumps(entry, sort_keys=True))
+        return 0
+    if not found:
+        print("nothing to tell yet; a running device writes every half minute")
+    for entry in found:
+        numbered = "" if entry.get("round") is None else f"round {entry['round']}"
+        print(f"{_when(entry)}  {numbered:<10} {line(entry)}")
+    return 0
+
+
+def _when(entry: dict[str, Any]) -> str:
+    """Return when a fact was, by the board's clock, or else by its time since the boot."""
+    import datetime as dt
+
+    if entry.get("at"):
+        return dt.datetime.fromtimestamp(entry["at"]).astimezone().strftime("%F %T")
+    return f"start {entry.get('boot')}, {entry.get('up_s', 0):>7.0f} s"
+
+
 def wipe(args: argparse.Namespace) -> int:
     """Delete the device's examples, models, outbox and identity."""
     import shutil
@@ -209,6 +238,7 @@ def _parser() -> argparse.ArgumentParser:
         (run, "take part in a task until stopped"),
         (status, "show how the device is doing"),
         (doctor, "check what it needs: packages, engine, state, broker, conditions"),
+        (why, "tell what happened: selections, refusals, lateness, receipts, and the reasons"),
         (wipe, "delete all it knows, its identity included"),
     ):
         sub = commands.add_parser(
@@ -226,8 +256,11 @@ def _parser() -> argparse.ArgumentParser:
             help="device.toml; again for more devices in this process" if is_run else "device.toml",
         )
         sub.set_defaults(command=command)
-        if command in {status, doctor}:
+        if command in {status, doctor, why}:
             sub.add_argument("--json", action="store_true", help="for machines")
+        if command is why:
+            sub.add_argument("--round", type=int, metavar="N", help="of one round alone")
+            sub.add_argument("--last", type=int, default=100, metavar="N", help="at most so many")
         if command is wipe:
             sub.add_argument("--yes", action="store_true", help="do it")
     return parser

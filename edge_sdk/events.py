@@ -6,7 +6,8 @@ Events go into `edge_sdk.session.step`, actions come out of it. Both are plain f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 What: TypeAlias = Literal["bundle", "weights"]
@@ -35,6 +36,8 @@ class ConditionsChanged:
 
     hold: bool
     examples: int
+    lapsed: tuple[str, ...] = ()
+    """Those that do not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +52,11 @@ class Offered:
     bundle_size: int = 0
     model_size: int = 0
     is_open: bool = True
+    spread_s: float = 0.0
+    """Over how long devices answer a new call."""
 
 
 @dataclass(frozen=True, slots=True)
-    spread_s: float = 0.0
-    """Over how long devices answer a new call."""
 class Invited:
     """We are in the cohort of a round that starts from the weights `model`."""
 
@@ -77,6 +80,7 @@ class FetchFailed:
 
     what: What
     digest: bytes
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +98,7 @@ class ModelRefused:
 
     bundle: bytes
     model: bytes
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +106,7 @@ class BundleRefused:
     """This device will not run the bundle: nothing of it is fetched, and no round of it joined."""
 
     bundle: bytes
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +115,7 @@ class SwitchFailed:
 
     bundle: bytes
     model: bytes
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +123,8 @@ class Trained:
     """The round's training ended with a delta worth sending."""
 
     round: int
+    figures: Mapping[str, object] = field(default_factory=dict)
+    """What it did, for whoever asks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +132,7 @@ class TrainFailed:
     """The round's training, or putting its update away, failed."""
 
     round: int
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +150,9 @@ class Receipted:
     update: bytes
     outcome: str
     counted: bytes | None = None
+    rest_s: float = 0.0
+    """How long no round will need us."""
+    reason: str = ""
 
 
 Event: TypeAlias = (
@@ -150,9 +163,6 @@ Event: TypeAlias = (
     | Offered
     | Invited
     | Fetched
-    rest_s: float = 0.0
-    """How long no round will need us."""
-    reason: str = ""
     | FetchFailed
     | ModelReady
     | ModelRefused

@@ -79,9 +79,9 @@ class Fetching:
             if self._is_here(wanted, bundle.hex()):
                 self._forget()
                 return [Fetched(wanted.what, wanted.digest)]
-        except RefusedError:
+        except RefusedError as error:
             self._forget()
-            return [BundleRefused(wanted.digest)]
+            return [BundleRefused(wanted.digest, str(error))]
         self._wanted, self._moved_at, self._saved_at = wanted, now, now
         if not self._follow(wanted, bundle.hex(), offer):
             self._gather_whole(wanted)
@@ -266,10 +266,10 @@ class Fetching:
                 self._unsaved.append(part)
                 if whole is not None:
                     return self._arrived(wanted, parts, whole, now)
-        except RefusedError:
+        except RefusedError as error:
             self._end()
             self._forget()
-            return [BundleRefused(wanted.digest)]
+            return [BundleRefused(wanted.digest, str(error))]
         except FedgeError as error:
             self._forget()
             return self._failed(wanted, str(error), keep=False)
@@ -343,7 +343,7 @@ class Fetching:
         self._wanted = None
         if not keep:
             self._end()
-        return [FetchFailed(wanted.what, wanted.digest)]
+        return [FetchFailed(wanted.what, wanted.digest, reason)]
 
     def _end(self) -> None:
         self._hang_up()

@@ -103,13 +103,14 @@ class Session:
     now: float = 0.0
     is_online: bool = False
     may_train: bool = False
+    lapsed: tuple[str, ...] = ()  # the conditions that do not hold
     examples: int = 0
     offer: Offered | None = None
     stands: CheckIn | None = None
     stands_at: float = 0.0
-    bundle: bytes = b""  # on disk
     answer_at: float = 0.0  # our moment in the spread of the roll call
     rest_until: float = 0.0  # no round will need us before
+    bundle: bytes = b""  # on disk
     weights: bytes = b""  # on disk
     model: ModelReady | None = None  # in use
     fetching: Fetch | None = None
@@ -206,8 +207,8 @@ def _surroundings(
             return _roll_called(replace(state, is_online=True), state.offer)
         case Disconnected():
             return replace(state, is_online=False, stands=None)
-        case ConditionsChanged(hold, examples):
-            return replace(state, may_train=hold, examples=examples)
+        case ConditionsChanged(hold, examples, lapsed):
+            return replace(state, may_train=hold, examples=examples, lapsed=lapsed)
         case Sent():
             return _sent(state, event)
 
@@ -217,7 +218,6 @@ def _all_due(state: Session, at: float) -> Session:
     return replace(state, unreceipted=due)
 
 
-def _offered(state: Session, offer: Offered) -> Session:
 def _roll_called(state: Session, offer: Offered | None) -> Session:
     """Say all again that may have been forgotten, at our own moment: a fleet does so at once."""
     at = _answer_at(state, offer)
@@ -236,6 +236,7 @@ def moment(device: str, call: int) -> float:
     return int.from_bytes(drawn, "big") / 2**64
 
 
+def _offered(state: Session, offer: Offered) -> Session:
     known = state.offer
     if known is None:
         state = replace(state, answer_at=_answer_at(state, offer))
@@ -413,9 +414,9 @@ def _plan_check_in(state: Session) -> tuple[Session, list[Action]]:
     stood = stands is not None and stands.ready
     if not (declined or ready != stood or (ready and is_old)):
         return state, []
-    said = [CheckIn(offer.call, is_in, state.examples) for is_in in _standings(ready, declined)]
     if ready and not declined and state.now < max(state.answer_at, state.rest_until):
         return state, []  # neither at once with everybody, nor before a round can need us
+    said = [CheckIn(offer.call, is_in, state.examples) for is_in in _standings(ready, declined)]
     return replace(state, stands=said[-1], stands_at=state.now), [*said]
 
 

@@ -131,7 +131,7 @@ class Stint:
             anchor = self._uploads.anchor(invite, model.weights, bundle)
         except FedgeError as error:
             log.warning("training not begun round=%d reason=%s", round_, error)
-            return [ev.TrainFailed(round_)]
+            return [ev.TrainFailed(round_, str(error))]
         given = budget(invite, left_s, self._meter.left_s)
         self._rows = self._setbacks.of(bundle.digest).rows(given.batch)
         job = TrainJob(
@@ -165,7 +165,7 @@ class Stint:
             update = self._uploads.submit(invite, result, bundle)
         except FedgeError as error:
             log.warning("update not made round=%d reason=%s", round_, error)
-            return [ev.TrainFailed(round_)]
+            return [ev.TrainFailed(round_, str(error))]
         finally:
             self._forget()
         return [ev.Sent(update, round_)]
@@ -207,7 +207,7 @@ class Stint:
             log.warning(
                 "training failed round=%d kind=%s reason=%s", round_, result.kind, result.reason
             )
-            return [ev.TrainFailed(round_)]
+            return [ev.TrainFailed(round_, result.reason)]
         self._trained = {round_: result}
         self.peak_kib = max(self.peak_kib, result.peak_bytes >> 10)
         log.info(
@@ -220,7 +220,13 @@ class Stint:
             result.stopped_by,
         )
         self._failpoints.reach("after_train")
-        return [ev.Trained(round_)]
+        figures = {
+            "steps": result.steps,
+            "seconds": round(result.seconds, 1),
+            "loss": round(float(result.loss), 4),
+            "stopped_by": result.stopped_by,
+        }
+        return [ev.Trained(round_, figures)]
 
     def _learn(self, round_: int, result: TrainResult | TrainFailed) -> None:
         """Remember how many rows this board can take, if that has changed."""
