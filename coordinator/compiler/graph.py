@@ -129,7 +129,7 @@ class Graph:
         """Read a ModelProto; raise CompileError for control flow or an opset out of reach."""
         if model.functions:
             model = onnx.inliner.inline_local_functions(model)
-        model = _supported_opset(model)
+        model = converted(model, min(max(opset_of(model), OPSET_FLOOR), OPSET_CEILING))
         initializers = {t.name: _to_array(t) for t in model.graph.initializer}
         nodes = []
         for node in map(_read_node, model.graph.node):
@@ -306,18 +306,25 @@ def _domain(name: str) -> str:
     return "" if name == "ai.onnx" else name
 
 
-def _supported_opset(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Bring the standard operator set into the supported range."""
-    version = next((o.version for o in model.opset_import if not _domain(o.domain)), 1)
-    target = min(max(version, OPSET_FLOOR), OPSET_CEILING)
-    if version == target:
+def opset_of(model: onnx.ModelProto) -> int:
+    """Return the version of the standard operator set that a model imports, 0 for none."""
+    return next((o.version for o in model.opset_import if not _domain(o.domain)), 0)
+
+
+def converted(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
+    """Bring a model to another version of the standard operator set.
+
+    Raises: CompileError when an operator of it has no counterpart there.
+    """
+    if opset_of(model) == opset:
         return model
     try:
-        return version_converter.convert_version(model, target)
+        return version_converter.convert_version(model, opset)
     except Exception as error:  # the converter raises bare C++ exceptions of many kinds
+        said = str(error).strip().splitlines() or [type(error).__name__]
         raise CompileError(
-            f"expected opset {OPSET_FLOOR} to {OPSET_CEILING}, got {version}, which does not "
-            f"convert ({str(error).strip().splitlines()[-1]}): export it at opset {OPSET_FLOOR}"
+            f"expected a model that converts from opset {opset_of(model)} to {opset}: "
+            f"{said[-1]}; export the model at opset {opset}"
         ) from error
 
 

@@ -15,6 +15,7 @@ import onnx
 from onnx import numpy_helper
 
 from coordinator.compiler.graph import Graph
+from coordinator.compiler.names import fresh
 from edge_sdk.errors import CompileError
 
 
@@ -51,7 +52,7 @@ def widen(
     wide.CopyFrom(proto)
     old = next(t for t in wide.graph.initializer if t.name == scale)
     step = numpy_helper.to_array(old) * np.float32(headroom)
-    name = _fresh(wide.graph, f"{made}.scale")
+    name = fresh(f"{made}.scale", {t.name for t in wide.graph.initializer})
     alike = {other for names in together if scale in names for other in names}
     wide.graph.initializer.append(numpy_helper.from_array(step.astype(np.float32), name))
     for node in wide.graph.node:
@@ -59,10 +60,3 @@ def widen(
         if made in node.output or reads or alike.intersection(node.input[1:2]):
             node.input[1] = name
     return Widened(wide, scale, name)
-
-
-def _fresh(graph: onnx.GraphProto, name: str) -> str:
-    taken = {t.name for t in graph.initializer}
-    while name in taken:
-        name += "_"
-    return name

@@ -14,9 +14,9 @@ import numpy as np
 import onnx
 import onnx.inliner
 from numpy.typing import NDArray
-from onnx import numpy_helper, version_converter
+from onnx import numpy_helper
 
-from coordinator.compiler.graph import IR_VERSION, OPSET_CEILING
+from coordinator.compiler.graph import IR_VERSION, OPSET_CEILING, converted, opset_of
 from coordinator.compiler.qoperator import to_qdq
 from coordinator.compiler.refuse import refuse_domains, refuse_operators
 from coordinator.compiler.unroll import unrolled
@@ -61,12 +61,7 @@ def for_training(proto: onnx.ModelProto) -> onnx.ModelProto:
     quantized = any(node.op_type == "QuantizeLinear" for node in proto.graph.node)
     if not quantized or opset_of(proto) <= _LAST_SOUND:
         return proto
-    return _converted(proto, _LAST_SOUND)
-
-
-def opset_of(proto: onnx.ModelProto) -> int:
-    """Return the version of the standard operator set that a model imports."""
-    return next((o.version for o in proto.opset_import if o.domain in {"", "ai.onnx"}), 0)
+    return converted(proto, _LAST_SOUND)
 
 
 def _parse(model: str | Path | bytes) -> onnx.ModelProto:
@@ -156,19 +151,9 @@ def _is_known(op: str) -> bool:
 def _lowered(proto: onnx.ModelProto) -> onnx.ModelProto:
     """Bring a model that is too new for the oldest supported onnxruntime down to what it runs."""
     if opset_of(proto) > OPSET_CEILING:
-        proto = _converted(proto, OPSET_CEILING)
+        proto = converted(proto, OPSET_CEILING)
     proto.ir_version = min(proto.ir_version, IR_VERSION)
     return proto
-
-
-def _converted(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
-    try:
-        return version_converter.convert_version(proto, opset)
-    except Exception as error:  # the converter raises bare C++ exceptions of many kinds
-        raise CompileError(
-            f"expected a model that converts from opset {opset_of(proto)} to {opset}: "
-            f"{_last_line(error)}; export the model at opset {opset}"
-        ) from error
 
 
 def _constants_to_initializers(graph: onnx.GraphProto) -> None:
@@ -244,8 +229,3 @@ def _drop_initializer_inputs(graph: onnx.GraphProto) -> None:
     kept = [t for t in graph.initializer if t.name in used]
     del graph.initializer[:]
     graph.initializer.extend(kept)
-
-
-def _last_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[-1] if lines else type(error).__name__

@@ -16,6 +16,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper, version_converter
 
+from coordinator.compiler.names import fresh
 from edge_sdk.errors import CompileError
 
 _MS = "com.microsoft"
@@ -35,12 +36,7 @@ class _Writer:
 
     def fresh(self, stem: str) -> str:
         """Return a name that nothing has."""
-        name, count = stem, 0
-        while name in self.taken:
-            count += 1
-            name = f"{stem}.{count}"
-        self.taken.add(name)
-        return name
+        return fresh(stem, self.taken)
 
     def value(self, name: str, node: onnx.NodeProto) -> NDArray[Any]:
         """Return a stored tensor; raise CompileError for a computed one."""

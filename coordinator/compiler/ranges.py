@@ -19,6 +19,7 @@ import onnx
 
 from coordinator.compiler.emit import Emit
 from coordinator.compiler.graph import Graph, Node
+from coordinator.compiler.names import fresh
 from coordinator.compiler.weights import Weight
 from edge_sdk.requantize import MOST_OCTAVES, OCTAVES
 
@@ -68,7 +69,7 @@ def learn_ranges(
     taken = {w.name for w in weights}
     found = []
     for quantizers in groups:
-        name = _fresh(f"{quantizers[0].inputs[0]}.range", taken)
+        name = fresh(f"{quantizers[0].inputs[0]}.range", taken)
         old = list(dict.fromkeys(q.inputs[1] for q in quantizers))
         outputs = {q.outputs[0] for q in quantizers}
         outputs |= {n.outputs[0] for q in quantizers for n in forward.uses[q.outputs[0]]}
@@ -174,13 +175,6 @@ def _can_learn(graph: Graph, node: Node) -> bool:
     paired = all(n.kind == "DequantizeLinear" and _same(graph, n, node) for n in readers)
     is_int8 = zero.dtype in (np.int8, np.uint8)
     return is_inner and paired and is_int8 and _STEPS[0] < float(scale.reshape(())) < _STEPS[1]
-
-
-def _fresh(name: str, taken: set[str]) -> str:
-    while name in taken:
-        name += "_"
-    taken.add(name)
-    return name
 
 
 def _in_proto(

@@ -17,6 +17,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 
+from coordinator.compiler.names import fresh
 from coordinator.compiler.runtime import session
 from edge_sdk.errors import CompileError
 
@@ -72,12 +73,7 @@ class _Work:
 
     def fresh(self, stem: str) -> str:
         """Return a name that nothing has."""
-        name, count = stem, 0
-        while name in self.taken:
-            count += 1
-            name = f"{stem}.{count}"
-        self.taken.add(name)
-        return name
+        return fresh(stem, self.taken)
 
     def store(self, stem: str, array: NDArray[Any]) -> str:
         """Add a stored tensor."""

@@ -7,8 +7,19 @@ import numpy as np
 import onnx
 import pytest
 from federation import Plan, federate
-from forward_models import Net, Steps, Tensor, blobs, cnn, evaluate, predict, quantized, session
-from onnx import TensorProto, helper
+from forward_models import (
+    Net,
+    Steps,
+    Tensor,
+    blobs,
+    cnn,
+    evaluate,
+    logits_of_training,
+    predict,
+    quantized,
+    session,
+)
+from onnx import TensorProto
 
 from coordinator.compiler import Optimizer, adam, build, chain, clip, export, momentum, sgd
 from coordinator.compiler.emit import Emit
@@ -73,19 +84,10 @@ def test_the_exported_model_computes_what_training_saw(model: onnx.ModelProto) -
     graph = Graph.load(data)
     last = graph.producers[graph.outputs[0].name]
     lattice = float(graph.initializers[last.inputs[1]].reshape(()))
-    seen, came = logits_of_training(run.bundle, run.params()), predict(data, X)
+    seen, came = logits_of_training(run.bundle, X, LABELS, run.params()), predict(data, X)
     off = np.abs(seen - came) / lattice
     assert np.mean(off < 0.5) > 0.9  # the same lattice point but for roundings at its edges
     assert off.max() < 4.5
-
-
-def logits_of_training(bundle: Bundle, params: dict[str, Tensor]) -> Tensor:
-    graph = onnx.load_from_string(bundle.member("onnx/evaluate.onnx"))
-    name = next(n.input[0] for n in graph.graph.node if n.op_type == "LogSoftmax")
-    graph.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
-    feeds = {"x": X, "y": LABELS} | {f"p.{i}": v for i, v in enumerate(params.values())}
-    logits: Tensor = session(graph.SerializeToString()).run([name], feeds)[0]
-    return logits
 
 
 def test_an_untrained_export_is_byte_identical(model: onnx.ModelProto) -> None:

@@ -15,12 +15,13 @@ from forward_models import (
     blobs,
     cnn,
     evaluate,
+    logits_of_training,
     mlp,
     predict,
     quantized,
     session,
 )
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, numpy_helper
 
 from coordinator.compiler import adam, build, export, momentum, sgd
 from coordinator.compiler.graph import Graph
@@ -85,22 +86,12 @@ def predict_of(bundle: Bundle) -> bytes:
     return bundle.member("onnx/predict.onnx")
 
 
-def logits_of_training(bundle: Bundle, params: dict[str, Tensor]) -> Tensor:
-    """Run the fake-quantized forward pass of the evaluation graph up to its logits."""
-    graph = onnx.load_from_string(bundle.member("onnx/evaluate.onnx"))
-    name = next(n.input[0] for n in graph.graph.node if n.op_type == "LogSoftmax")
-    graph.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
-    feeds = {"x": X, "y": LABELS} | {f"p.{i}": v for i, v in enumerate(params.values())}
-    logits: Tensor = session(graph.SerializeToString()).run([name], feeds)[0]
-    return logits
-
-
 def test_the_exported_model_computes_what_training_saw(model: onnx.ModelProto) -> None:
     run = Steps(build(model, loss="cross_entropy", optimizer=adam(lr=0.01)))
     step = run.bundle.manifest["output"]["scale"]
     for _ in range(10):
         run.step(X, LABELS)
-    seen = logits_of_training(run.bundle, run.params())
+    seen = logits_of_training(run.bundle, X, LABELS, run.params())
     came = predict(export(run.bundle, run.params()), X)
     assert step is None or step > 0
     lattice = scale_of_output(export(run.bundle, run.params()))
@@ -151,7 +142,7 @@ def test_a_bias_alone_trains_in_a_frozen_int8_layer(model: onnx.ModelProto) -> N
     losses = [run.step(SHIFTED, LABELS) for _ in range(40)]
     assert losses[-1] < 0.9 * losses[0]
     came = predict(export(run.bundle, run.params()), X)
-    seen = logits_of_training(run.bundle, run.params())
+    seen = logits_of_training(run.bundle, X, LABELS, run.params())
     assert np.mean(np.abs(seen - came) < 0.5 * scale_of_output(predict_of(run.bundle))) > 0.9
 
 
@@ -213,7 +204,7 @@ def test_two_trained_weights_of_one_scale_get_one_each() -> None:
     assert len({p["scale_offset"] for p in patches}) == len(patches) == 4
     for _ in range(10):
         run.step(X, LABELS)
-    seen = logits_of_training(run.bundle, run.params())
+    seen = logits_of_training(run.bundle, X, LABELS, run.params())
     came = predict(export(run.bundle, run.params()), X)
     assert np.mean(np.abs(seen - came) < 0.5 * scale_of_output(predict_of(run.bundle))) > 0.85
 
@@ -264,7 +255,7 @@ def test_an_int32_bias_outside_convolutions_trains_on_its_own_scale() -> None:
     for _ in range(10):
         run.step(X, LABELS, lr=0.1)
     came = predict(export(run.bundle, run.params()), X)
-    seen = logits_of_training(run.bundle, run.params())
+    seen = logits_of_training(run.bundle, X, LABELS, run.params())
     assert np.mean(np.abs(seen - came) < 0.5 * scale_of_output(predict_of(run.bundle))) > 0.9
 
 

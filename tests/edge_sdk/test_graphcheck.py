@@ -13,26 +13,16 @@ import onnx
 import pytest
 from hand_bundles import mlp as hand_made
 from onnx import TensorProto, helper, numpy_helper
-from planted import Change, both, maker, node, output, planted, port
+from planted import Change, both, maker, node, output, planted, port, refusal
 
 from edge_sdk.bundle import Bundle
-from edge_sdk.errors import BundleError, ConfigError, RefusedError
+from edge_sdk.errors import BundleError, ConfigError
 from edge_sdk.limits import Limits
 from edge_sdk.operators import MICROSOFT, STANDARD, TFLITE
 
 MOMENTUM = hand_made(momentum=True, proximal=True)
 INT8 = hand_made(quantized=True)
 DOCS = Path(__file__).parents[2] / "docs/reference"
-
-
-def refusal(bundle: Bundle, limits: Limits | None = None) -> str:
-    """Return the one line with which a bundle is refused."""
-    with pytest.raises(RefusedError) as caught:
-        bundle.check(limits)
-    line = str(caught.value)
-    assert "\n" not in line
-    assert line.isprintable()
-    return line
 
 
 def after(op: str, inputs: list[str], **options: Any) -> Change:

@@ -16,6 +16,7 @@ from ai_edge_litert import schema_py_generated as schema
 from forward_models import cnn, mlp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from planted import refusal
 from tflite_bundles import Change, Editable, lowered, planted_tflite
 
 from coordinator.compiler import adam, build, chain, clip, momentum, sgd
@@ -41,16 +42,6 @@ IMAGES = made(cnn, chain(clip(LIMIT), momentum(0.9, lr=0.1)))
 MODELS = Path(__file__).parents[1] / "compiler/tflite/models"
 BOTH = ("onnx", "tflite")
 NO_OTHER_WAY = "expected examples to reach it only through the clip at 0.5"
-
-
-def refusal(bundle: Bundle, limits: Limits | None = None) -> str:
-    """Return the one line with which a bundle is refused."""
-    with pytest.raises(RefusedError) as caught:
-        bundle.check(limits)
-    line = str(caught.value)
-    assert "\n" not in line
-    assert line.isprintable()
-    return line
 
 
 @pytest.mark.parametrize("bundle", [PLAIN, CLIPPED, HEAVY, ADAM, IMAGES])

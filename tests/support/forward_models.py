@@ -150,6 +150,18 @@ def session(data: bytes, **settings: Any) -> ort.InferenceSession:
     return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
 
+def logits_of_training(
+    bundle: Bundle, x: Tensor, labels: Tensor, params: dict[str, Tensor]
+) -> Tensor:
+    """Run the fake-quantized forward pass of the evaluation graph up to its logits."""
+    graph = onnx.load_from_string(bundle.member("onnx/evaluate.onnx"))
+    name = next(n.input[0] for n in graph.graph.node if n.op_type == "LogSoftmax")
+    graph.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+    feeds = {"x": x, "y": labels} | {f"p.{i}": v for i, v in enumerate(params.values())}
+    logits: Tensor = session(graph.SerializeToString()).run([name], feeds)[0]
+    return logits
+
+
 def predict(data: bytes, x: Tensor) -> Tensor:
     """Run a forward model."""
     runs = session(data)

@@ -8,9 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import onnx
+import pytest
 from onnx import TensorProto, helper
 
 from edge_sdk.bundle import Bundle, pack
+from edge_sdk.errors import RefusedError
+from edge_sdk.limits import Limits
 
 Change = Callable[[onnx.ModelProto], object]
 
@@ -24,18 +27,47 @@ def planted(
     raw: Callable[[bytes], bytes] | None = None,
 ) -> Bundle:
     """Return the bundle with one graph changed, as a model or as bytes, or its manifest changed."""
+
+    def changed(data: bytes, _: dict[str, Any]) -> bytes:
+        if change is None:
+            return data
+        model = onnx.load_from_string(data)
+        change(model)
+        return bytes(model.SerializeToString(deterministic=True))
+
+    return sealed_again(bundle, "onnx", role, changed, manifest=manifest, raw=raw)
+
+
+def sealed_again(
+    bundle: Bundle,
+    format_: str,
+    role: str,
+    changed: Callable[[bytes, dict[str, Any]], bytes],
+    *,
+    manifest: Callable[[dict[str, Any]], object] | None = None,
+    raw: Callable[[bytes], bytes] | None = None,
+) -> Bundle:
+    """Return the bundle with one graph as `changed` makes it of its bytes and the manifest."""
     table = copy.deepcopy(bundle.manifest)
     members = {name: bundle.member(name) for name in table.pop("members")}
-    name = table["graphs"]["onnx"][role]
-    if change is not None:
-        model = onnx.load_from_string(members[name])
-        change(model)
-        members[name] = model.SerializeToString(deterministic=True)
+    table.pop("spliced", None)
+    name = table["graphs"][format_][role]
+    members[name] = changed(members[name], table)
     if raw is not None:
         members[name] = raw(members[name])
     if manifest is not None:
         manifest(table)
     return pack(table, members)
+
+
+def refusal(bundle: Bundle, limits: Limits | None = None) -> str:
+    """Return the one line with which a device refuses a bundle."""
+    with pytest.raises(RefusedError) as caught:
+        bundle.check(limits)
+    line = str(caught.value)
+    assert "\n" not in line
+    assert line.isprintable()
+    return line
 
 
 def node(op: str, inputs: list[str], outputs: list[str], **options: Any) -> Change:

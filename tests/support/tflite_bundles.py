@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import tflite_oracle
 from ai_edge_litert import schema_py_generated as schema
+from planted import sealed_again
 
 from coordinator.compiler.graph import Graph
 from coordinator.compiler.tflite.lower import lower
@@ -145,18 +146,15 @@ def planted_tflite(
     raw: Callable[[bytes], bytes] | None = None,
 ) -> Bundle:
     """Return the bundle with one graph changed, in parts or as bytes, or its manifest changed."""
-    table = copy.deepcopy(bundle.manifest)
-    members = {name: bundle.member(name) for name in table.pop("members")}
-    table.pop("spliced", None)
-    name = table["graphs"]["tflite"][role]
-    if change is not None:
-        graph = Editable(members[name])
+
+    def changed(data: bytes, table: dict[str, Any]) -> bytes:
+        if change is None:
+            return data
+        graph = Editable(data)
         change(graph)
-        members[name] = graph.done()
+        data = graph.done()
         if role == "predict":  # whose bytes lie elsewhere now
-            table["patches"]["tflite"] = patches(tflitefile.read(members[name]), bundle)
-    if raw is not None:
-        members[name] = raw(members[name])
-    if manifest is not None:
-        manifest(table)
-    return pack(table, members)
+            table["patches"]["tflite"] = patches(tflitefile.read(data), bundle)
+        return data
+
+    return sealed_again(bundle, "tflite", role, changed, manifest=manifest, raw=raw)
