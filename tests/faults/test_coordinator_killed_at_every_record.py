@@ -51,7 +51,7 @@ class Matrix:
         trainer, deaths = self._trainers.get(), 0
         broker = self._start_mosquitto("allow_anonymous true", "set_tcp_nodelay true")
         config = self.template.copy(folder, broker.url)
-        boards = Boards(folder, broker.url, trainer, DEVICES)
+        boards = Boards(folder, [broker.url] * DEVICES, trainer)
         try:
             boards.start()
             for failpoint in failpoints:

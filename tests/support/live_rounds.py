@@ -65,6 +65,8 @@ class Template:
         self, folder: Path, count: int, rounds: int, codec: str = '[["ef"], ["deadzone", 2.0]]'
     ) -> None:
         self.folder, self.count, self.rounds, self.codec = folder, count, rounds, codec
+        self.calm: list[str] = []
+        """The hashes of an undisturbed run, once a test has made one."""
         BUNDLE.save(folder / "t.fedge")
         for index in range(count):
             state = folder / f"d{index}"
@@ -151,27 +153,45 @@ class Patient:
 
 
 class Boards:
-    """The devices of a run, in this process; `receipts` is all that they were told."""
+    """The devices of a run, in this process; `receipts` is all that they were told.
 
-    def __init__(self, folder: Path, broker: str, trainer: LocalTraining, count: int) -> None:
+    Args:
+        folder: where `Template.copy` put their states.
+        brokers: the URL by which each device connects.
+        trainer: what trains for all of them.
+        may_train: what a device waits for before it trains, by its index; its turn if not given.
+        options: of their connections.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        brokers: Sequence[str],
+        trainer: LocalTraining,
+        may_train: Callable[[int, threading.Event], None] | None = None,
+        **options: Any,
+    ) -> None:
         self.receipts: list[Receipt] = []
-        self.turns = Turns(count)
-        self.devices = [self._device(folder, broker, trainer, index) for index in range(count)]
+        self.turns = Turns(len(brokers))
+        self._folder, self._trainer, self._options = folder, trainer, options
+        self._may_train = may_train or self.turns.wait_for
+        self.devices = [self._device(url, index) for index, url in enumerate(brokers)]
 
-    def _device(self, folder: Path, broker: str, trainer: LocalTraining, index: int) -> Device:
+    def _device(self, broker: str, index: int) -> Device:
         def heard(receipt: Receipt) -> None:
             self.receipts.append(receipt)
             self.turns.heard(index, receipt.round)
 
         def connect(client_id: str, will: tuple[str, bytes]) -> Mqtt:
-            return Listening(broker, client_id, will=will, backoff_s=(0.05, 0.2), heard=heard)
+            options = {"backoff_s": (0.05, 0.2)} | self._options
+            return Listening(broker, client_id, will=will, heard=heard, **options)
 
         return Device(
             broker,
             task=TASK,
             bundle=BUNDLE,
-            state=folder / f"d{index}",
-            trainer=Patient(trainer, lambda cancel: self.turns.wait_for(index, cancel)),
+            state=self._folder / f"d{index}",
+            trainer=Patient(self._trainer, lambda cancel: self._may_train(index, cancel)),
             connect=connect,
         )
 
@@ -217,6 +237,21 @@ def rows(config: Path) -> list[dict[str, Any]]:
     with contextlib.suppress(FedgeError):
         return ledger.updates(config.parent / "store")
     return []
+
+
+def last_waits(config: Path, template: Template) -> Callable[[int, threading.Event], None]:
+    """Return a `may_train`: the last device waits for the others, so no round ends without them."""
+
+    def wait(index: int, cancel: threading.Event) -> None:
+        if index != template.count - 1:
+            return
+        ours = template.ids[index]
+        mine = sum(u["device"] == ours for u in rows(config))
+        while sum(u["device"] != ours for u in rows(config)) < (mine + 1) * index:
+            if cancel.wait(0.02):
+                raise TrainFailed("cancelled while it waited for the others")
+
+    return wait
 
 
 def check_journal(config: Path, template: Template, told: Sequence[Receipt]) -> None:
