@@ -69,8 +69,8 @@ class Publisher:
             key=self._signer.public,
             state=state,
             patches=[len(patch.body) for patch in desk.patches],
-        )
             spread_s=desk.spread_s,
+        )
         await self._send(topics.offer(desk.task.name), offer, retain=True)
 
     async def invite(self, desk: Desk, device: str) -> None:
