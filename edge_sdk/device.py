@@ -26,6 +26,7 @@ from edge_sdk.outbox import DEFAULT_CAP_BYTES, Outbox
 from edge_sdk.store import Store, default_state
 from edge_sdk.training import CHECKPOINT_S, ChildTrainer, LocalTraining
 from edge_sdk.transport import Transport
+from edge_sdk.trial import Terms
 from edge_sdk.types import Clock
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class Device:
         name: what people call this device; its id otherwise.
         coordinator_key: the one coordinator to obey (32 bytes, or hex); without it, the first one
             that is met.
+        tags: what the device says of itself, such as ``{"site": "north"}``: tasks choose by it.
         ca_file, username, password: for the broker.
         error_quantile: for an anomaly detector (loss mse): `status` then tells `error_threshold`,
             the error that this share of the stored examples stays within.
@@ -75,6 +77,7 @@ class Device:
             waits for another. At a limit of the day it takes part in no round until the next.
         checkpoint_s: how often a training under way is kept on disk: one that is killed goes on
             from there. 0 is never.
+        trial: what a new version has to show before the one before it is given up.
         connect, trainer, clock, root: ports, for tests and simulation.
 
     Raises: ConfigError, BundleError, StoreError or EngineError when it cannot work as asked.
@@ -94,6 +97,7 @@ class Device:
         capacity: int = 2000,
         min_examples: int = 1,
         name: str = "",
+        tags: Mapping[str, Tag] | None = None,
         coordinator_key: bytes | str | None = None,
         ca_file: str | Path | None = None,
         username: str | None = None,
@@ -103,6 +107,7 @@ class Device:
         error_quantile: float | None = None,
         limits: Limits | None = None,
         checkpoint_s: float = CHECKPOINT_S,
+        trial: Terms | None = None,
         connect: Connect | None = None,
         trainer: LocalTraining | None = None,
         clock: Clock = time,
@@ -120,6 +125,7 @@ class Device:
             settings = Settings(
                 task=task,
                 name=name,
+                tags=_checked_tags(tags),
                 sdk=f"fedge {__version__}",
                 boot=self._store.count_boot(),
                 conditions=condition(conditions),
@@ -140,6 +146,7 @@ class Device:
                 limits=limits,
                 quantile=error_quantile,
                 model_file=held,
+                terms=trial,
             )
             will = topics.status(key.id), hello(key, settings, online=False)
             if connect is None:
@@ -287,6 +294,15 @@ def _mqtt(broker: str, **options: Any) -> Connect:
         return Mqtt(broker, client_id, will=will, **options)
 
     return connect
+
+
+def _checked_tags(tags: Mapping[str, Tag] | None) -> dict[str, Tag]:
+    if not are_tags(found := dict(tags or {})):
+        raise ConfigError(
+            f"tags: expected up to {MAX_TAGS} short names with text, numbers, true or false, "
+            f"got {found!r:.200}"
+        )
+    return found
 
 
 def _check_task(task: str) -> None:

@@ -10,21 +10,24 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from edge_sdk import anomaly
+from edge_sdk import anomaly, trial
 from edge_sdk.bundle import Bundle
 from edge_sdk.errors import BundleError, EngineError, FedgeError, RefusedError, StoreError
 from edge_sdk.limits import Limits
 from edge_sdk.model import Model, batched, open_model
 from edge_sdk.model_file import ModelFile
 from edge_sdk.samples import Samples
-from edge_sdk.store import ModelName, Store
+from edge_sdk.slots import ModelName, Refusal, Slots
+from edge_sdk.store import Store
 from edge_sdk.trainer import Feed
+from edge_sdk.trial import OnTrial, Terms
 from edge_sdk.types import Shapes
 
 log = logging.getLogger(__name__)
@@ -32,6 +35,8 @@ log = logging.getLogger(__name__)
 PARAMS = "params.bin"
 ANSWERS_KEPT = 16
 _ERRORS_BATCH = 64
+FEW_EXAMPLES, MANY_EXAMPLES = 4, 256
+"""That a model has to answer before it is used: to see that it does, and how well."""
 
 
 class NoModelError(EngineError):
@@ -55,6 +60,10 @@ class Runtime:
         """Open or make the ring of examples. Raises: StoreError, ValueError or OSError."""
         return Samples(path, **layout, capacity=capacity)
 
+    def newest(self, ring: Samples, most: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return the newest examples of a ring, at most so many, inputs and labels."""
+        return ring.newest(most)
+
 
 class Local:
     """The model in use and its examples.
@@ -77,7 +86,12 @@ class Local:
         quantile: float | None = None,
         model_file: ModelFile | None = None,
         runtime: Runtime | None = None,
+        terms: Terms | None = None,
     ) -> None:
+        self._terms = terms or Terms()
+        self._trial: OnTrial | None = None
+        self.when_decided: Callable[[], object] = lambda: None
+        """Called, in the thread of whoever predicted, once answers have decided a trial."""
         self._runtime = runtime or Runtime()
         self._file = model_file
         self._quantile = quantile
@@ -124,11 +138,26 @@ class Local:
 
         Raises: NoModelError before the first model; ValueError on another shape; EngineError.
         """
-        if (model := self.model) is None:
+        model, on_trial = self.model, self._trial
+        if model is None:
             raise NoModelError(
                 "no model yet: pass bundle=, or wait for the coordinator's first offer"
             )
-        return model.predict(x)
+        if on_trial is None or on_trial.is_over:
+            return model.predict(x)
+        try:
+            answer = model.predict(x)
+            on_trial.answered(np.asarray(x), answer)
+        except EngineError as error:
+            on_trial.failed(str(error))
+            raise
+        finally:
+            self._decide(on_trial)
+        return answer
+
+    def _decide(self, on_trial: OnTrial) -> None:
+        if on_trial.is_over:
+            self.when_decided()
 
     @property
     def threshold(self) -> float | None:
@@ -182,15 +211,47 @@ class Local:
                 self._samples.extend(x, y)
 
     def switch(self, bundle: bytes, weights: bytes, version: int) -> Model:
-        """Make `predict` answer with these weights, which are on disk; the old ones go.
+        """Make `predict` answer with these weights, which are on disk, on trial at first.
 
         Raises: BundleError, EngineError or StoreError: the model in use stays in use.
         """
-        found = self._bundle(bundle.hex())
-        data = self._store.weights(weights.hex())
+        name, before = ModelName(bundle.hex(), weights.hex(), version), self.slots
+        if reason := before.refusal(name):
+            raise EngineError(f"it did not work here before: {reason}")
+        found = self._bundle(name.bundle)
+        data = self._store.weights(name.weights)
         if found is None or data is None:
             raise StoreError("expected bundle and weights on disk, they are damaged; fetch again")
-        return self._use(found, data, version)
+        self._keep(before.tried(name))  # before it is opened: that may end the process
+        try:
+            return self._use(found, data, version)
+        except (StoreError, RefusedError):  # not the weights' fault
+            self._note(before)
+            raise
+        except (FedgeError, ModuleNotFoundError) as error:
+            self._note(before.refuse(name, str(error)))
+            raise
+
+    def look(self, now_s: float) -> Refusal | None:
+        """See how the trial stands: end it if it can be; return what was gone back from.
+
+        Raises: EngineError when the model to go back to does not open.
+        """
+        on_trial, name, good = self._trial, self.slots.trial, self.slots.good
+        if on_trial is None or name is None or good is None:
+            return None
+        if on_trial.is_proven(now_s):
+            self._trial = None
+            self._note(self.slots.proven())
+            log.info("model proved itself version=%d", name.version)
+        if not on_trial.fault:
+            return None
+        self._trial = None
+        self._note(self.slots.refuse(name, on_trial.fault))
+        log.warning("model gone back from version=%d reason=%s", name.version, on_trial.fault)
+        if not self._resume(good):
+            raise EngineError(f"version {good.version} no longer opens; waiting for another")
+        return Refusal(name, on_trial.fault)
 
     def has_weights(self, digest: bytes, bundle: str) -> bool:
         """Say whether weights are on disk, or are those that the bundle `bundle` came with."""
@@ -244,22 +305,53 @@ class Local:
 
     def close(self) -> None:
         """Let go of the examples; predictions still work."""
+        if self._trial is not None:  # the process did not end for the model's sake
+            slots = self.slots.ended()
+            self._note(slots.proven() if self._trial.is_proven(None) else slots)
         with self._learning:
             if self._samples is not None:
                 self._samples.close()
                 self._samples = None
 
     def _start(self, given: Bundle | None) -> None:
-        """Go on with the last good model; without one, with the given bundle as it came."""
-        name = self._store.model()
-        if name is not None and self._resume(name):
-            return
-        bundle = self._passed(given) or self._passed(self._store.any_bundle())
-        if bundle is not None:
-            self._store.put_bundle(bundle)
-            initial = bundle.member(PARAMS)
-            self._store.put_weights(initial)
-            self._use(bundle, initial, 0)
+        """Go on with the model of last time; without one, with the given bundle as it came."""
+        self.slots = self._store.slots()
+        if (name := self.slots.trial) is not None:
+            self._note(self._begun(self.slots.started(), name))
+        for name in self.slots.candidates:
+            if self._resume(name):
+                self._note(self.slots.settled(name))
+                return
+        for name in self.slots.candidates:  # a bundle's own weights are better than no answers
+            if self._store.weights(name.weights) is None and self._fall_back(
+                self._store.bundle(name.bundle)
+            ):
+                return
+        for bundle in (given, self._store.any_bundle()):
+            if self._fall_back(bundle):
+                return
+
+    def _begun(self, slots: Slots, name: ModelName) -> Slots:
+        """Go back from a model that processes died with."""
+        if slots.starts < self._terms.starts:
+            return slots
+        reason = f"{slots.starts} processes died with it"
+        log.warning("model gone back from version=%d reason=%s", name.version, reason)
+        return slots.refuse(name, reason)
+
+    def _fall_back(self, bundle: Bundle | None) -> bool:
+        """Use a bundle as it came, if it may run and has not failed here."""
+        if (bundle := self._passed(bundle)) is None:
+            return False
+        initial = bundle.member(PARAMS)
+        name = ModelName(bundle.digest, hashlib.sha256(initial).hexdigest(), 0)
+        if self.slots.refusal(name):
+            return False
+        self._store.put_bundle(bundle)
+        self._store.put_weights(initial)
+        self._keep(self.slots.settled(name))
+        self._use(bundle, initial, 0)
+        return True
 
     def _passed(self, bundle: Bundle | None) -> Bundle | None:
         try:
@@ -270,17 +362,14 @@ class Local:
         return bundle
 
     def _resume(self, name: ModelName) -> bool:
-        bundle = self._store.bundle(name.bundle)
-        if bundle is None:
+        bundle, data = self._store.bundle(name.bundle), self._store.weights(name.weights)
+        if bundle is None or data is None:
+            log.warning("model is lost version=%d", name.version)
             return False
-        data, version = self._store.weights(name.weights), name.version
-        if data is None:  # the bundle's own are better than no answers
-            data, version = bundle.member(PARAMS), 0
-            self._store.put_weights(data)
         try:
-            self._use(bundle, data, version)
-        except FedgeError as error:
-            log.warning("last model does not open version=%d reason=%s", version, error)
+            self._use(bundle, data, name.version)
+        except (FedgeError, ModuleNotFoundError) as error:
+            log.warning("model does not open version=%d reason=%s", name.version, error)
             return False
         return True
 
@@ -295,12 +384,53 @@ class Local:
         engine, threads = self._engine, self._threads
         model = self._runtime.open(bundle, weights, version, engine=engine, threads=threads)
         self._open_samples(layout)
+        name = ModelName(bundle.digest, model.weights, version)
+        is_on_trial = name.is_same(self.slots.trial)
+        if is_on_trial:
+            self._try_on(model, bundle)
         if self._file is not None:
             self._file.put(bundle, weights)
-        self._store.set_model(ModelName(bundle.digest, model.weights, version))
+        self._trial = OnTrial(self._terms) if is_on_trial else None
         self.bundle, self.model, self.refused = bundle, model, None
         self.arrived.set()
         return model
+
+    def _try_on(self, model: Model, bundle: Bundle) -> None:
+        """Let a model answer stored examples. Raises: EngineError when it does not do well."""
+        margin, old = self._terms.margin, self.model
+        with self._learning:
+            ring = self._samples
+            most = FEW_EXAMPLES if margin is None else MANY_EXAMPLES
+            x, y = self._runtime.newest(ring, most) if ring is not None else (np.empty(0),) * 2
+        if not len(x):
+            return
+        new = _answers(model, x)
+        if new.dtype.kind == "f" and not np.isfinite(new).all():
+            raise EngineError("expected finite answers to stored examples, got NaN or infinity")
+        if margin is None or old is None or old.bundle != model.bundle:
+            return
+        loss, output = bundle.manifest["loss"], bundle.manifest["output"]
+        found, known = (trial.error(loss, a, y, output) for a in (new, _answers(old, x)))
+        if found is None or known is None or not trial.is_worse(loss, found, known, margin):
+            return
+        raise EngineError(
+            f"expected an error on stored examples of at most {margin:g} above the {known:.4g} of "
+            f"the version before, got {found:.4g}"
+        )
+
+    def _keep(self, slots: Slots) -> None:
+        """Remember what is known of the models. Raises: StoreError."""
+        if slots != self.slots:
+            self._store.set_slots(slots)
+            self.slots = slots
+
+    def _note(self, slots: Slots) -> None:
+        """Do so where a disk that refuses must not stand in the way."""
+        try:
+            self._keep(slots)
+        except StoreError as error:
+            log.warning("what is known of models is not kept reason=%s", error)
+            self.slots = slots
 
     def _open_samples(self, layout: dict[str, Any]) -> None:
         tag = hashlib.sha256(repr(layout).encode()).hexdigest()[:12]
@@ -359,3 +489,8 @@ def _checked(
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             raise ValueError(f"expected finite numbers in {name}, got NaN or infinity")
     return inputs, y
+
+
+def _answers(model: Model, x: NDArray[Any]) -> NDArray[Any]:
+    batches = [x[at : at + _ERRORS_BATCH] for at in range(0, len(x), _ERRORS_BATCH)]
+    return np.concatenate([model.predict(batch) for batch in batches])

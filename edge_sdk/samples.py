@@ -216,12 +216,31 @@ class Samples:
         filled = 0
         whole = (record for record in self._records(oldest=self._last + 1) if record[0] <= until)
         for seq, body in itertools.islice(whole, skip, n):
-            x, y = body[: layout.x_bytes], body[layout.x_bytes :]
             numbers[filled] = seq
-            xs[filled] = np.frombuffer(x, layout.x_dtype).reshape(layout.x_shape)
-            ys[filled] = np.frombuffer(y, layout.y_dtype).reshape(layout.y_shape)
+            xs[filled], ys[filled] = self._read(body)
             filled += 1
         return numbers[:filled], xs[:filled], ys[:filled]
+
+    def newest(self, most: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return the newest whole examples, at most so many, oldest first; reads no others."""
+        layout, last = self.layout, self._last
+        bodies = [
+            body
+            for seq in range(max(1, last - min(most, layout.capacity) + 1), last + 1)
+            for found, body in self._block(seq % layout.capacity, 1)
+            if found == seq
+        ]
+        xs = np.empty((len(bodies), *layout.x_shape), layout.x_dtype)
+        ys = np.empty((len(bodies), *layout.y_shape), layout.y_dtype)
+        for i, body in enumerate(bodies):
+            xs[i], ys[i] = self._read(body)
+        return xs, ys
+
+    def _read(self, body: memoryview) -> tuple[NDArray[Any], NDArray[Any]]:
+        layout = self.layout
+        x, y = body[: layout.x_bytes], body[layout.x_bytes :]
+        label = np.frombuffer(y, layout.y_dtype).reshape(layout.y_shape)
+        return np.frombuffer(x, layout.x_dtype).reshape(layout.x_shape), label
 
     def close(self) -> None:
         """Let go of the file; another process may then append."""

@@ -33,6 +33,7 @@ from edge_sdk.errors import BundleError, StoreError
 from edge_sdk.files import SYSTEM, Disk
 from edge_sdk.setbacks import Setbacks
 from edge_sdk.signing import DeviceKey
+from edge_sdk.slots import Slots
 from edge_sdk.types import Spec
 from edge_sdk.underway import UnderWay
 
@@ -40,15 +41,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_SMALL_BYTES = 2**16
-
-
-@dataclass(frozen=True, slots=True)
-class ModelName:
-    """Which model predictions use: hex digests of bundle and weights, and the version."""
-
-    bundle: str
-    weights: str
-    version: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,14 +179,13 @@ class Store:
             self._write(self.weights_path(digest), data)
         return digest
 
-    def model(self) -> ModelName | None:
-        """Return which model was last in use, None the first time."""
-        return self._read(self.folder / "model.json", _model_name)
+    def slots(self) -> Slots:
+        """Return which models are here and how far they are trusted."""
+        return self._read(self.folder / "model.json", Slots.from_bytes) or Slots()
 
-    def set_model(self, name: ModelName) -> None:
-        """Remember which model is in use; writes nothing if that is known."""
-        if name != self.model():
-            self._write_json("model.json", asdict(name))
+    def set_slots(self, slots: Slots) -> None:
+        """Remember that: the switch from one model to another is this write."""
+        self._write(self.folder / "model.json", slots.to_bytes())
 
     def residual(self) -> Residual | None:
         """Return what the codec carries to the next update, if anything yet."""
@@ -280,7 +271,7 @@ class Store:
             return parse(self.disk.read(path, -1 if limit is None else limit))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError, BundleError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, BundleError) as error:
             self._set_aside(path, error)
             return None
 
@@ -325,17 +316,6 @@ def _key(data: bytes) -> bytes:
     if len(key) != 32:
         raise ValueError(f"expected a key of 32 bytes, got {len(key)}")
     return key
-
-
-def _model_name(data: bytes) -> ModelName:
-    fields = json.loads(data)
-    name = ModelName(fields["bundle"], fields["weights"], fields["version"])
-    for digest in (name.bundle, name.weights):
-        if len(bytes.fromhex(digest)) != 32:
-            raise ValueError("expected digests of 32 bytes")
-    if not isinstance(name.version, int):
-        raise TypeError(f"expected a version number, got {name.version!r}")
-    return name
 
 
 def _setbacks(data: bytes) -> Setbacks:

@@ -17,7 +17,8 @@ from edge_sdk.bundle import Bundle
 from edge_sdk.errors import BundleError, EngineError, StoreError
 from edge_sdk.local import Local, NoModelError
 from edge_sdk.model import batched, open_model
-from edge_sdk.store import ModelName, Store
+from edge_sdk.slots import ModelName, Slots
+from edge_sdk.store import Store
 
 FLOAT, INT8 = mlp(), mlp(quantized=True)
 X, Y = examples(20)
@@ -91,7 +92,7 @@ def store(tmp_path: Path) -> Any:
 
 def test_a_lost_weights_file_falls_back_to_the_bundles_own(store: Store) -> None:
     store.put_bundle(INT8)
-    store.set_model(ModelName(INT8.digest, "ab" * 32, 7))
+    store.set_slots(Slots(ModelName(INT8.digest, "ab" * 32, 7)))
     local = Local(store, None)
     assert local.model is not None
     assert local.model.version == 0
@@ -101,7 +102,7 @@ def test_a_lost_weights_file_falls_back_to_the_bundles_own(store: Store) -> None
 def test_a_last_model_that_does_not_open_falls_back_to_the_given_bundle(store: Store) -> None:
     store.put_bundle(INT8)
     digest = store.put_weights(weights_of(INT8, float("inf")))
-    store.set_model(ModelName(INT8.digest, digest, 7))
+    store.set_slots(Slots(ModelName(INT8.digest, digest, 7)))
     local = Local(store, FLOAT)
     assert local.bundle is not None
     assert local.bundle.digest == FLOAT.digest

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from edge_sdk.errors import StoreError
-from edge_sdk.store import ModelName, Residual, Store
+from edge_sdk.slots import ModelName, Slots
+from edge_sdk.store import Residual, Store
 
 WEIGHTS = np.arange(5, dtype="<f4").tobytes()
 DIGEST = hashlib.sha256(WEIGHTS).hexdigest()
@@ -25,7 +26,7 @@ def filled(folder: Path) -> Store:
     store.trust(b"k" * 32)
     store.count_boot()
     store.put_weights(WEIGHTS)
-    store.set_model(NAME)
+    store.set_slots(Slots(NAME))
     store.set_residual(RESIDUAL)
     store.write_status({"version": 7})
     return store
@@ -43,7 +44,7 @@ def test_what_is_stored_is_there_after_a_restart(tmp_path: Path) -> None:
     assert store.identity().id == identity
     assert store.trusted() == b"k" * 32
     assert store.weights(DIGEST) == WEIGHTS
-    assert store.model() == NAME
+    assert store.slots() == Slots(NAME)
     assert store.residual() == RESIDUAL
     assert store.count_boot() == 2
     store.close()
@@ -53,7 +54,7 @@ def test_a_fresh_folder_is_private_and_empty(tmp_path: Path) -> None:
     store = Store(tmp_path / "a" / "b")
     assert store.folder.stat().st_mode & 0o777 == 0o700
     assert store.trusted() is None
-    assert store.model() is None
+    assert store.slots() == Slots()
     assert store.weights(DIGEST) is None
     assert store.bundle("ab" * 32) is None
     assert store.residual() is None
@@ -91,7 +92,7 @@ def test_any_damaged_file_is_set_aside_and_the_device_starts(
     store.identity()
     assert store.count_boot() >= 1
     assert store.trusted() in {None, b"k" * 32}
-    assert store.model() in {None, NAME}
+    assert store.slots() in {Slots(), Slots(NAME)}
     assert store.residual() in (None, RESIDUAL)
     if name not in {"status.json", "boot"}:
         assert (tmp_path / f"{name}.damaged").read_bytes() == damage
