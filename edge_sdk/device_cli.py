@@ -14,11 +14,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_sdk.errors import ConfigError, FedgeError, StoreError, TransportError
+from edge_sdk.errors import ConfigError, StoreError
 from edge_sdk.systemd import Service
 
 if TYPE_CHECKING:
-    from edge_sdk.bundle import Bundle
     from edge_sdk.device import Device
     from edge_sdk.device_config import DeviceConfig
     from edge_sdk.training import LocalTraining
@@ -50,7 +49,6 @@ STATUS_ROWS = (
     "rss_peak_kib",
     "child_rss_peak_kib",
 )
-PACKAGES = ("numpy", "paho-mqtt", "cryptography")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -162,21 +160,16 @@ def _today(today: dict[str, Any]) -> dict[str, str | None]:
 
 def doctor(args: argparse.Namespace) -> int:
     """Check what a device needs, each on a line; return the code of the first that fails."""
-    config = _config(args)
-    checks: list[tuple[str, Callable[[DeviceConfig], str], int]] = [
-        ("packages", _check_packages, 6),
-        ("engine", _check_engine, 6),
-        ("state", _check_state, 1),
-        ("broker", _check_broker, 4),
-        ("conditions", _check_conditions, 0),
-    ]
-    results = [_checked(name, check, code, config) for name, check, code in checks]
+    from edge_sdk.doctor import Board, examine
+
+    config, findings = _config(args), []
+    for finding in examine(Board(config, _state(config))):
+        findings.append(finding)
+        if not args.json:
+            print(finding, flush=True)
     if args.json:
-        print(json.dumps([{"check": n, "ok": ok, "says": says} for n, ok, says, _ in results]))
-    else:
-        for name, ok, says, _ in results:
-            print(f"{'ok  ' if ok else 'FAIL'} {name:<11} {says}")
-    return next((code for _, ok, _, code in results if not ok), 0)
+        print(json.dumps([finding.to_json() for finding in findings]))
+    return next((finding.code for finding in findings if not finding.ok), 0)
 
 
 def why(args: argparse.Namespace) -> int:
@@ -237,7 +230,7 @@ def _parser() -> argparse.ArgumentParser:
     for command, about in (
         (run, "take part in a task until stopped"),
         (status, "show how the device is doing"),
-        (doctor, "check what it needs: packages, engine, state, broker, conditions"),
+        (doctor, "check what it needs, from its packages to its broker, and say what to do"),
         (why, "tell what happened: selections, refusals, lateness, receipts, and the reasons"),
         (wipe, "delete all it knows, its identity included"),
     ):
@@ -294,6 +287,7 @@ def _device(config: DeviceConfig, trainer: LocalTraining | None) -> Device:
         min_examples=config.min_examples,
         error_quantile=config.error_quantile,
         name=config.name,
+        tags=config.tags,
         coordinator_key=config.coordinator_key,
         ca_file=config.ca_file,
         username=config.username,
@@ -342,96 +336,6 @@ def _is_running(config: DeviceConfig) -> bool:
     from edge_sdk.store import is_in_use
 
     return is_in_use(_state(config))
-
-
-def _checked(
-    name: str, check: Callable[[DeviceConfig], str], code: int, config: DeviceConfig
-) -> tuple[str, bool, str, int]:
-    try:
-        return name, True, check(config), code
-    except (FedgeError, OSError, ImportError) as error:
-        return name, False, " ".join(str(error).split()), code
-
-
-def _check_packages(config: DeviceConfig) -> str:  # noqa: ARG001 - as the other checks are called
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = []
-    for package in PACKAGES:
-        try:
-            found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            hint = f"{package} is not installed; pip install fedge"
-            raise ModuleNotFoundError(hint) from None
-    return f"python {sys.version.split()[0]}, {', '.join(found)}"
-
-
-def _check_engine(config: DeviceConfig) -> str:
-    """Say which engine runs the model, and why no other."""
-    from edge_sdk import engine
-
-    bundle = _bundle(config)
-    if bundle is None:
-        there = engine.installed()
-        if not there:
-            extras = " or ".join(f"pip install '{r.extra}'" for r in engine.ENGINES.values())
-            raise ModuleNotFoundError(f"no engine is installed; {extras}")
-        return f"{', '.join(there)} installed; the first bundle decides"
-    chosen, reasons = engine.choose(bundle.manifest, config.engine)
-    others = "; ".join(f"not {name}: {why}" for name, why in reasons.items() if name != chosen)
-    return f"{chosen} {engine.ENGINES[chosen].version()}" + (f"; {others}" if others else "")
-
-
-def _bundle(config: DeviceConfig) -> Bundle | None:
-    """Return the bundle in use, else the one that the configuration names."""
-    from edge_sdk.bundle import Bundle
-
-    status = _state(config) / "status.json"
-    digest = json.loads(status.read_bytes()).get("bundle") if status.exists() else None
-    stored = _state(config) / "bundles" / f"{digest}.fedge"
-    if digest and stored.exists():
-        return Bundle.load(stored)
-    return Bundle.load(config.bundle) if config.bundle else None
-
-
-def _check_state(config: DeviceConfig) -> str:
-    folder = _state(config)
-    if not folder.exists():
-        return f"{folder} will be made at the first start"
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise StoreError(f"cannot write in {folder}; correct its owner or set another state")
-    return f"{folder}, {'in use by a running device' if _is_running(config) else 'not in use'}"
-
-
-def _check_broker(config: DeviceConfig) -> str:
-    from edge_sdk.transport.mqtt import Mqtt
-
-    mqtt = Mqtt(
-        config.broker,
-        f"doctor-{os.getpid()}",
-        ca_file=config.ca_file,
-        username=config.username,
-        password=config.password,
-    )
-    try:
-        mqtt.probe()
-    except TransportError as error:
-        raise TransportError(str(error)) from error
-    finally:
-        mqtt.close()
-    return f"{mqtt.endpoint} lets us in"
-
-
-def _check_conditions(config: DeviceConfig) -> str:
-    from edge_sdk.conditions import Surroundings
-
-    examples = 0
-    if (file := _state(config) / "status.json").exists():
-        examples = int(json.loads(file.read_bytes()).get("examples", 0))
-    lapsed = config.conditions.lapsed(Surroundings(examples=examples))
-    if lapsed:
-        return f"no training now: {', '.join(lapsed)} does not hold"
-    return f"{config.conditions.name}: hold now"
 
 
 def _cell(value: Any) -> str:
