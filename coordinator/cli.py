@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -79,7 +80,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from coordinator import config
+    from coordinator import config, pacing
 
     settings = config.load(args.config)
     settings.password()
@@ -101,6 +102,9 @@ def _check(args: argparse.Namespace) -> int:
         )
     columns = ("task", "parameters", "strategy", "cohort", "quorum", "deadline_s")
     print(listing(rows, args.json, columns))
+    for task, pace in settings.tasks:
+        if unmet := pacing.unmet(pace, task.entry.devices):
+            print(f"warning: task {task.name}: {unmet}", file=sys.stderr)
     if not args.json:
         print(f"{args.config} is sound; broker {settings.broker.rpartition('@')[2]}")
     return 0

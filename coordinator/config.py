@@ -21,7 +21,7 @@ EMBEDDED_PORT = 1883
 _BROKER = re.compile(r"embedded(:[0-9]{1,5})?|mqtts?://[^\s/]+")
 _TOP = ("broker", "store", "ca_file", "username", "password_file", "client_id", "task")
 _BUDGET = ("epochs", "steps", "seconds", "batch", "lr", "mu")
-_PLAIN = ("codec", "downlink", "late", "max_norm", "max_examples", "seed")
+_PLAIN = ("codec", "downlink", "late", "max_norm", "max_examples", "seed", "devices", "where")
 _QUARANTINE = ("strikes", "window", "rounds", "hours")
 _TASK = ("bundle", "pace", "strategy", "budget", "quarantine", *_PLAIN)
 

@@ -181,8 +181,15 @@ class Fleet:
     def standings(self, task: str) -> bytes:
         """Return the standing of every device as one byte each, at its number."""
         found = bytearray(1 + max((known.number for known in self.devices.values()), default=-1))
+        checked_in, held = self.checked_in.get(task, {}), self.held.get(task, {})
+        is_open = self.entries.get(task, Entry()) == Entry()
         for device, known in self.devices.items():
-            found[known.number] = self.standing(task, device)
+            if not is_open or device in held:
+                found[known.number] = self.standing(task, device)
+            elif known.online:
+                found[known.number] = Standing.READY if device in checked_in else Standing.UNREADY
+            else:
+                found[known.number] = Standing.OFFLINE
         return bytes(found)
 
     def _sort_all(self, task: str) -> None:

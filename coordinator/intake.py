@@ -329,7 +329,7 @@ class Intake:
 
 def _known(status: Status) -> Known:
     s = status
-    return Known(s.device, s.key, s.name, s.sdk, s.online, s.boot)
+    return Known(s.device, s.key, s.name, s.sdk, s.online, s.boot, s.tags or {})
 
 
 def _stored(

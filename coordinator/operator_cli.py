@@ -21,6 +21,12 @@ def add(commands: Any) -> None:
     _command(
         commands, "deadletters", "list the messages in which the coordinator failed", _deadletters
     )
+    tag = _command(
+        commands, "tag", "assign tags to a device; NAME= takes one away", _tag,
+        example="tag d0123456789abcde site=north",
+    )  # fmt: skip
+    tag.add_argument("device", help="the device's id")
+    tag.add_argument("tags", nargs="+", metavar="NAME=VALUE", help="a tag, such as site=north")
     release = _command(
         commands, "release", "let a device out of quarantine, its past forgotten", _release,
         example="release d0123456789abcde",
@@ -90,6 +96,28 @@ def _deadletters(args: argparse.Namespace) -> int:
     rows = ledger.letters(store_of(args))
     columns = ("id", "topic", "size", "attempts", "dead", "last_at", "error")
     print(listing(rows, args.json, columns))
+    return 0
+
+
+def _tag(args: argparse.Namespace) -> int:
+    from coordinator import docket, ledger
+    from coordinator.tags import assigned
+    from edge_sdk import topics
+    from edge_sdk.errors import MessageError
+
+    try:
+        device = topics.checked_device(args.device)
+    except MessageError as error:
+        raise ConfigError(str(error)) from error
+    changes = [assigned(text) for text in args.tags]
+    with ledger.ordering(store_of(args)) as db:
+        for name, value in changes:
+            docket.tag(db, device, name, value)
+        tags = docket.orders(db).tags.get(device, {})
+    if args.json:
+        print(json.dumps({"device": device, "tags": tags}))
+    else:
+        print(f"{device} is assigned {_tags({'tags': tags})}; a running coordinator heeds it soon")
     return 0
 
 

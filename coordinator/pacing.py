@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 from edge_sdk.bounds import MAX_SECONDS
@@ -213,6 +213,14 @@ def from_spec(spec: object) -> Pace:
     except TypeError as error:
         known = ", ".join(inspect.signature(PACES[name]).parameters)
         raise ConfigError(f"pace {name}: {error}; it takes {known}") from error
+
+
+def unmet(pace: Pace, devices: Collection[str] | None) -> str | None:
+    """Say that a list of devices is too short for a pace ever to come to a version, if it is."""
+    needed = pace.quorum or 1
+    if devices is None or len(devices) >= needed:
+        return None
+    return f"{len(devices)} listed devices never make a quorum of {needed}: list more, or lower it"
 
 
 def spread_s(devices: int) -> float | None:

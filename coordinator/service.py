@@ -228,6 +228,9 @@ class Coordinator:
             resumed = await self._store.resume(task.name, digest, first, recent)
             desk = desks.begin(task, bundle, pace, resumed, self._clock.monotonic())
             desk.spread_s = pacing.spread_s(len(self.fleet.devices))
+            self.fleet.admit(task.name, task.entry)
+            if unmet := pacing.unmet(pace, task.entry.devices):
+                log.warning("task %s: %s", task.name, unmet)
             self.fleet.recall(task.name)
             self._warden.hold(desk)
             self._intake.desks[task.name] = desk
@@ -252,6 +255,7 @@ class Coordinator:
         number, name = desk.next_round, desk.task.name
         seed = seed_of(name, desk.task.seed, number)
         cohort = await self._select(desk, pace, seed)
+        standings = self.fleet.standings(name)
         call = desk.call
         goal = min(pace.cohort, len(cohort)) if pace.size is None else pace.size
         opened, actions = begin(
@@ -259,7 +263,8 @@ class Coordinator:
         )
         deadline_s = pace.time_for(self.fleet.lately_s.get(name, ()))
         stored = StoredRound(
-            number, opened.version, opened.cohort, opened.quorum, goal, deadline_s, seed
+            *(number, opened.version, opened.cohort, opened.quorum, goal, deadline_s, seed),
+            standings=standings,
         )
         await self._insist(name, lambda: self._store.open_round(name, stored))
         desk.open(stored, opened, self._clock.monotonic())
@@ -399,7 +404,10 @@ class Coordinator:
             self._spawn(self._call_roll(self._intake.desks[name]))
 
     async def _call_roll(self, desk: Desk) -> None:
-        desk.call = await self._store.next_call(desk.task.name)
+        async def write() -> None:
+            desk.call = await self._store.next_call(desk.task.name)
+
+        await self._insist(desk.task.name, write)
         desk.spread_s = pacing.spread_s(len(self.fleet.devices))
         self.fleet.recall(desk.task.name)
         await self._publisher.all(desk)

@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from coordinator.fleet import Entry
 from coordinator.quarantine import Rules
 from coordinator.strategy import Strategy, fedavg
 from coordinator.sums import MAX_EXAMPLES
+from coordinator.tags import where
 from edge_sdk import codec as codecs
 from edge_sdk import params, topics
 from edge_sdk.bundle import Bundle
@@ -43,6 +46,8 @@ class Task:
             "refuse" tells the device that it came too late.
         max_norm: an update whose delta has a larger L2 norm is refused.
         max_examples: one update never weighs more than this many examples.
+        devices: who may take part, by id; None for all.
+        where: who may take part, by an expression over the tags of a device: `coordinator.tags`.
         quarantine: when a device whose updates are bad sits out, and for how long.
         seed: of cohorts and of what devices draw.
 
@@ -63,14 +68,16 @@ class Task:
     late: Literal["fold", "refuse"] = "fold"
     max_norm: float = 1000.0
     max_examples: int = MAX_EXAMPLES
+    devices: Sequence[str] | None = None
+    where: str = ""
     quarantine: Rules = field(default_factory=Rules)
     seed: int = 0
 
     def __post_init__(self) -> None:
         try:
             topics.checked_task(self.name)
-            _ = self.codec_spec, self.down
-        except (MessageError, CodecError) as error:
+            _ = self.codec_spec, self.down, self.entry
+        except (MessageError, CodecError, ConfigError) as error:
             raise ConfigError(f"task {self.name}: {error}") from error
         for name in ("epochs", "steps", "batch", "max_examples"):
             _check_whole(self, name)
@@ -122,6 +129,16 @@ class Task:
                 f"sends every number, such as dense or exact-ish, got {self.codec!r}; or give it "
                 "buckets"
             )
+
+    @property
+    def entry(self) -> Entry:
+        """Who may take part."""
+        listed = self.devices
+        if listed is not None:
+            if isinstance(listed, str) or not listed:
+                raise ConfigError(f"expected devices to be a list of ids, got {listed!r}")
+            listed = frozenset(map(topics.checked_device, listed))
+        return Entry(listed, where(self.where) if self.where else None)
 
     @property
     def codec_spec(self) -> Spec:

@@ -12,7 +12,7 @@ import logging
 import queue
 import threading
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 
 from edge_sdk import events as ev
 from edge_sdk import footprint, messages, topics
+from edge_sdk.bounds import Tag
 from edge_sdk.conditions import Condition, Surroundings, always
 from edge_sdk.errand import Errand, Errands
 from edge_sdk.errors import FedgeError, MessageError, RefusedError, StoreError
@@ -66,6 +67,8 @@ class Settings:
     root: Path = Path("/")
     checkpoint_s: float = CHECKPOINT_S
     limits: Limits = Limits()  # noqa: RUF009 - frozen, as the value is
+    tags: Mapping[str, Tag] = field(default_factory=dict)
+    """What the device says of itself."""
     pinned: bytes | None = None
     """The one coordinator key to trust; without it, the first one seen."""
 
@@ -531,6 +534,7 @@ def hello(key: Identity, settings: Settings, *, online: bool) -> bytes:
         boot=settings.boot,
         name=settings.name or key.id,
         sdk=settings.sdk,
+        tags=dict(settings.tags) or None,
     )
     return messages.encode(status, key, topics.status(key.id))
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from edge_sdk import __version__, topics
 from edge_sdk.agent import Agent, Settings, hello
+from edge_sdk.bounds import MAX_TAGS, Tag, are_tags
 from edge_sdk.bundle import Bundle
 from edge_sdk.conditions import ConditionLike, always, condition
 from edge_sdk.errors import ConfigError, MessageError

@@ -7,9 +7,10 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from edge_sdk import conditions, topics
+from edge_sdk.bounds import MAX_TAGS, Tag, are_tags
 from edge_sdk.conditions import Condition
 from edge_sdk.errors import ConfigError, MessageError
 from edge_sdk.limits import Limits
@@ -48,6 +49,8 @@ class DeviceConfig:
     model_file: Path | None = None
     """Where to keep the model in use as a file, ``.tflite`` or ``.onnx``."""
     name: str = ""
+    tags: Mapping[str, Tag] = field(default_factory=dict)
+    """What the device says of itself: tasks choose by it."""
     engine: str = "auto"
     threads: int = 1
     capacity: int = 2000
@@ -186,6 +189,12 @@ def _flag(value: object, _: Path) -> bool:
     return value
 
 
+def _tags(value: object, _: Path) -> Mapping[str, Tag]:
+    if not are_tags(value):
+        raise TypeError
+    return cast("Mapping[str, Tag]", value)
+
+
 def _path(value: object, folder: Path) -> Path:
     return folder / Path(_text(value, folder)).expanduser()
 
@@ -206,6 +215,7 @@ READERS: dict[str, tuple[Callable[[object, Path], object], str]] = {
     "int": (_count, "a whole number of at least 1"),
     "float": (_number, "a number"),
     "bool": (_flag, "true or false"),
+    "Mapping[str, Tag]": (_tags, f'up to {MAX_TAGS} short tags such as {{ site = "north" }}'),
     "Path": (_path, "a path"),
     "bytes": (_key, "64 hex digits"),
     "Condition": (_conditions, "a list of conditions"),
