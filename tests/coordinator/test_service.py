@@ -675,6 +675,33 @@ def test_a_commit_waits_for_the_disk_however_long_it_takes(
     play(tmp_path, story)
 
 
+def test_a_broker_that_comes_back_while_the_disk_is_full_hears_all_once_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story(world: World) -> None:
+        devices = world.devices(2)
+        async with world.coordinator((task(), pace(2, 2, 1))) as coordinator:
+            await world.until(invited(devices, 1))
+            call, refusals = coordinator._intake.desks["t"].call, 0
+
+            async def full(*_: object) -> int:
+                nonlocal refusals
+                refusals += 1
+                raise StoreError("cannot write the store: No space left on device")
+
+            with monkeypatch.context() as patch:
+                patch.setattr(coordinator._store, "next_call", full)
+                coordinator._reconnected()
+                await world.until(lambda: refusals == 1)
+            world.clock.advance(2)
+            await world.until(lambda: coordinator._intake.desks["t"].call == call + 1)
+            for device in devices:
+                device.report()
+            await world.until(lambda: world.results)
+
+    play(tmp_path, story)
+
+
 def test_an_update_that_would_overflow_the_sum_goes_into_the_version_after(
     tmp_path: Path,
 ) -> None:

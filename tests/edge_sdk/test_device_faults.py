@@ -179,3 +179,34 @@ def test_a_state_folder_that_cannot_be_written_is_a_one_line_error(tmp_path: Pat
     (tmp_path / "lock").mkdir()
     with pytest.raises(StoreError, match="cannot write in"):
         Device("mqtt://localhost", task=TASK, state=tmp_path, bundle=BUNDLE)
+
+
+def test_a_receipt_that_meets_a_full_disk_is_asked_for_again_once_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker, clock = MemoryBroker(), Clock()
+    coordinator = Scripted(broker.transport("coordinator"), BUNDLE)
+    coordinator.start()
+    options: dict[str, Any] = {"connect": broker.transport, "trainer": FakeTraining()}
+    with Device(
+        "memory", task=TASK, state=tmp_path, bundle=BUNDLE, clock=clock, **options
+    ) as device:
+        device.learn_many(X, Y)
+        coordinator.publish_model(0, weights_of(BUNDLE))
+        until(lambda: coordinator.checkins and coordinator.checkins[-1].ready, broker)
+        coordinator.outcome = None
+        coordinator.invite(device.id, codec=[["ef"], ["deadzone", 2.0]])
+        until(lambda: coordinator.updates, broker)
+        update = coordinator.updates[0][1]
+        with monkeypatch.context() as patch:
+            fill(patch)
+            coordinator.receipt(device.id, update, "counted")
+            until(lambda: device.status()["receipts"] == {"counted": 1}, broker)
+            until(lambda: device._agent._session.unreceipted, broker)
+            assert device.status()["outbox"] == 1
+        clock.now += 60
+        device._agent.poke()
+        until(lambda: len(coordinator.updates) == 2, broker)
+        coordinator.receipt(device.id, update, "duplicate", counted=update)
+        until(lambda: device.status()["outbox"] == 0, broker)
+        assert device._store.residual() is not None

@@ -426,3 +426,11 @@ def _obey(state: Session, actions: list[e.Action]) -> tuple[Session, list[e.Acti
 
 def _parts(switch: e.SwitchModel) -> tuple[bytes, bytes, int]:
     return switch.bundle, switch.model, switch.version
+
+
+def test_an_update_whose_receipt_the_disk_did_not_take_is_sent_again() -> None:
+    state, _ = run(training(), e.Trained(1), e.Sent(b"u", 1))
+    state, actions = run(state, e.Receipted(b"u", "counted"), e.DropFailed(b"u", 1))
+    assert e.Drop(b"u", accepted=True) in actions
+    _, actions = run(state, e.Tick(state.now + session.RESEND_FIRST_S))
+    assert e.Resend(b"u") in actions
