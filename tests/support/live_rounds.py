@@ -67,6 +67,8 @@ class Template:
         self.folder, self.count, self.rounds, self.codec = folder, count, rounds, codec
         self.calm: list[str] = []
         """The hashes of an undisturbed run, once a test has made one."""
+        self.calm_kib = 0
+        """The most memory that its coordinator had."""
         BUNDLE.save(folder / "t.fedge")
         for index in range(count):
             state = folder / f"d{index}"
