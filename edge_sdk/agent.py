@@ -419,8 +419,16 @@ class Agent:
                 if self._may_take(1):
                     self._uploads.resend(update)
             case ev.Drop(update, accepted):
-                self._uploads.settle(update, accepted=accepted)
-                self._write_status()
+                return self._drop(update, accepted=accepted)
+        return []
+
+    def _drop(self, update: bytes, *, accepted: bool) -> list[ev.Event]:
+        try:
+            self._uploads.settle(update, accepted=accepted)
+        except StoreError as error:
+            log.warning("receipt not kept, asked for again reason=%s", error)
+            return [ev.DropFailed(w.update, w.round) for w in self._outbox if w.update == update]
+        self._write_status()
         return []
 
     def _say(self, kind: str, message: messages.Message) -> None:

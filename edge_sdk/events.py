@@ -144,6 +144,14 @@ class Sent:
 
 
 @dataclass(frozen=True, slots=True)
+class DropFailed:
+    """The disk did not take what a receipt settled: the update is still in the outbox."""
+
+    update: bytes
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
 class Receipted:
     """The coordinator's last word on an update; `counted` names the one that it counted."""
 
@@ -171,6 +179,7 @@ Event: TypeAlias = (
     | Trained
     | TrainFailed
     | Sent
+    | DropFailed
     | Receipted
 )
 

@@ -108,8 +108,9 @@ class Outbox:
 
     def remove(self, update: bytes) -> None:
         """Take a settled update out; one that is not here is fine."""
-        if (waiting := self._waiting.pop(update, None)) is not None:
+        if (waiting := self._waiting.get(update)) is not None:
             files.remove(waiting.path, self._disk)
+            del self._waiting[update]
 
     def _open(self) -> None:
         files.sweep(self._folder, disk=self._disk)

@@ -22,6 +22,7 @@ from edge_sdk.events import (
     Connected,
     Disconnected,
     Drop,
+    DropFailed,
     Event,
     Fetch,
     Fetched,
@@ -198,7 +199,7 @@ def _learn(state: Session, event: Event) -> tuple[Session, tuple[Action, ...]]: 
 
 def _surroundings(
     state: Session,
-    event: Tick | Connected | Disconnected | ConditionsChanged | Sent,
+    event: Tick | Connected | Disconnected | ConditionsChanged | Sent | DropFailed,
 ) -> Session:
     match event:
         case Tick(now):
@@ -211,6 +212,9 @@ def _surroundings(
             return replace(state, may_train=hold, examples=examples, lapsed=lapsed)
         case Sent():
             return _sent(state, event)
+        case DropFailed(update, round_):  # sent again it is a duplicate, and settled then
+            waiting = Unreceipted(update, round_, state.now + RESEND_FIRST_S)
+            return replace(state, unreceipted=(*state.unreceipted, waiting))
 
 
 def _all_due(state: Session, at: float) -> Session:
