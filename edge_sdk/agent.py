@@ -8,6 +8,7 @@ ends this thread: what is wrong is counted and logged, seldom.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -146,6 +147,7 @@ class Agent:
         )
         self._session = self._first_session()
         self._offer: Offer | None = None
+        self._is_leaving = False
         self._conditions_at = self._status_at = self._bad_logged_at = float("-inf")
         self._journal_at = clock.monotonic()
         self._lapsed: tuple[str, ...] = ()
@@ -187,6 +189,15 @@ class Agent:
         self._journal.flush()
         self._written = {}
         self._write_status()
+
+    def settle(self) -> None:
+        """Keep the parts of a download that came while we left the broker: they were paid for."""
+        self._is_leaving = True
+        with contextlib.suppress(queue.Empty):
+            while not self._thread.is_alive():
+                if (thunk := self._queue.get_nowait()) is not None:
+                    self._guarded(thunk)
+        self._fetching.close()
 
     @property
     def is_online(self) -> bool:
@@ -332,6 +343,8 @@ class Agent:
             self._queued_bytes -= len(payload)
         message, signed = messages.decode(payload, topic, scheme=self._key.verify)
         self._trust.check(message, signed)
+        if self._is_leaving and not isinstance(message, Part):
+            return []  # it comes again
         match message:
             case Offer():
                 self._offer = message

@@ -208,6 +208,7 @@ class Device:
         leaving = threading.Thread(target=self._transport.close, name="fedge-leave", daemon=True)
         leaving.start()  # a broker out of reach must not hold the application up
         leaving.join(CLOSE_PATIENCE_S)
+        self._agent.settle()
         self._local.close()
         self._store.close()
 
