@@ -254,10 +254,10 @@ class Intake:
             verdict = desk.judge(device, update)
         took_s = self._release(desk, device, update.round)
         receipt = Receipt(update.round, signed.id, verdict.outcome, verdict.reason)
-        if verdict.outcome == "duplicate":
+        if verdict.lattice is None:  # whatever it would be now, what was counted stays counted
             counted = await self._store.counted(desk.task.name, update.round, device)
-            return Receipt(update.round, signed.id, "duplicate", "", counted)
-        if verdict.lattice is None:
+            if counted is not None or verdict.outcome == "duplicate":
+                return Receipt(update.round, signed.id, "duplicate", "", counted)
             return await self._refused(desk, device, update.round, signed, verdict, took_s=took_s)
         stored = _stored(device, update, signed, verdict, took_s)
         answer = await self._store.count(desk.task.name, stored)

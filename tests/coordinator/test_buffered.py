@@ -14,7 +14,7 @@ from fake_fleet import BUNDLE, FakeDevice, World, body
 from coordinator import ledger, pacing, strategy
 from coordinator.pacing import Pace
 from coordinator.task import Task
-from edge_sdk import codec, params
+from edge_sdk import codec, params, topics
 from edge_sdk.errors import ConfigError
 
 Story = Callable[[World], Awaitable[None]]
@@ -131,6 +131,29 @@ def test_an_update_too_far_behind_is_answered_stale(tmp_path: Path) -> None:
             assert receipt.outcome == "stale"
             assert receipt.reason == "2 versions behind, this task takes up to 1"
             await world.until(lambda: len(devices[0].invites) == 2)
+
+    play(tmp_path, story)
+
+
+def test_what_was_counted_is_never_called_stale_afterwards(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        devices = world.devices(3)
+        async with world.coordinator((task(), buffer(2, 3, 4, stale=1))):
+            await world.until(working(devices, 3))
+            for device in devices[1:]:
+                device.report()
+            await world.until(lambda: len(world.results) == 1)
+            frame = devices[0].report(1)
+            await world.until(lambda: devices[0].outcomes() == ["late"])
+            for number in (2, 3):
+                for device in devices[number - 1 :]:
+                    await world.until(lambda d=device, n=number: d.invites[-1][1].round >= n)
+                    device.report()
+                await world.until(lambda n=number: len(world.results) == n)
+            devices[0].transport.publish(topics.up("t", devices[0].id, "update"), frame)
+            await world.until(lambda: len(devices[0].receipts) == 2)
+            late, again = devices[0].receipts
+            assert (again.outcome, again.counted) == ("duplicate", late.update)
 
     play(tmp_path, story)
 
