@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_SMALL_BYTES = 2**16
+_LIVED = {"boot", "coordinator.key", "model.json"}
+"""What a device has once it was one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,15 +108,26 @@ class Store:
         self._let_go()
 
     def identity(self) -> DeviceKey:
-        """Return this device's key, made the first time; a damaged one makes it a new device."""
+        """Return this device's key, made the first time; a lost one makes it a new device."""
         path = self.folder / "identity.key"
+        here = self.disk.names(self.folder)
+        for name in here:
+            if name.startswith(".identity.key."):  # of a process that was killed as it made one
+                files.remove(self.folder / name, self.disk)
         if path.exists() and path.stat().st_mode & 0o077:
             path.chmod(0o600)
+        is_new = "identity.key" not in here
         try:
-            return DeviceKey.load_or_create(path)
+            key = DeviceKey.load_or_create(path)
         except StoreError as error:
             self._set_aside(path, error)
-            return DeviceKey.load_or_create(path)
+            is_new, key = True, DeviceKey.load_or_create(path)
+        if is_new and not _LIVED.isdisjoint(here):
+            log.warning(
+                "identity lost, a new device begins: %s; restore identity.key to be the old one",
+                key.id,
+            )
+        return key
 
     def count_boot(self) -> int:
         """Return a number that grows with each start, while the disk takes it."""

@@ -8,6 +8,7 @@ accepted, which it nearly always is.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -52,6 +53,7 @@ class Uploads:
         self._publish, self._failpoints, self._max_packet = publish, failpoints, max_packet
         self._asked: set[bytes] = set()
         """Updates whose missing chunks were asked for at the latest attempt."""
+        self._disown()
 
     def submit(self, invite: Invite, trained: TrainResult, bundle: Bundle) -> bytes:
         """Put the update of a round into the outbox and send it; return what a receipt calls it.
@@ -166,6 +168,19 @@ class Uploads:
             size,
         )
         return _flat(known.own if known is not None and fits else bytes(size))
+
+    def _disown(self) -> None:
+        """Drop updates that another key signed, as after the loss of ours: nobody would take them.
+
+        The residual is this folder's all the same.
+        """
+        topic, key = self._topic("update"), self._key
+        for update in [waiting.update for waiting in self._outbox]:
+            entry = self._outbox.entry(update)
+            if entry and not messages.verify(entry.frame, topic, key.public, key.verify):
+                log.warning("update of another device or task dropped round=%d", entry.round)
+                with contextlib.suppress(StoreError):  # it is left out of account all the same
+                    self._outbox.remove(update)
 
     def _newest(self) -> Residual | None:
         """The state after the last update that was encoded here, taken as accepted."""
