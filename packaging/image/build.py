@@ -68,6 +68,8 @@ UNITS_OFF = (
     "e2scrub_reap.service",
     "wpa_supplicant.service",
 )
+GENERATORS_OFF = ("gpt-auto", "hibernate-resume", "rc-local", "ssh", "sysv", "tpm2")
+"""Of systemd, for what these boards do not have; each would cost its start at every boot."""
 UNITS_ON = {
     "multi-user.target.wants": (
         "fedge-provision.service", "fedge-grow.service", "fedge-device.service", "ssh.service",
@@ -154,7 +156,7 @@ def _emulation() -> None:
 
 def _deb(work: Path) -> Path:
     builder = REPOSITORY / "packaging" / "deb" / "build"
-    _run(builder, "--out", work / "deb", "--only", "fedge-device:arm64:trixie")
+    _run(builder, "--out", work / "deb", f"fedge-device:arm64:{SUITE}")
     return next((work / "deb").glob("fedge-device_*_arm64.deb"))
 
 
@@ -260,6 +262,10 @@ def _settle(root: Path) -> None:
         for wanted in system.glob(f"*.wants/{unit}"):
             wanted.unlink()
         _link(system / unit, "/dev/null")
+    generators = root / "etc/systemd/system-generators"
+    generators.mkdir(exist_ok=True)
+    for name in GENERATORS_OFF:
+        _link(generators / f"systemd-{name}-generator", "/dev/null")
     for target, units in UNITS_ON.items():
         (system / target).mkdir(exist_ok=True)
         for unit in units:
@@ -336,8 +342,7 @@ def _assemble(work: Path, files: Path, to: Path) -> Path:
         "genimage", "--config", config, "--inputpath", files, "--outputpath", work / "made",
         "--rootpath", work / "empty", "--tmppath", work / "tmp",
     )  # fmt: skip
-    shutil.move(work / "made" / "sdcard.img", to)
-    return to
+    return Path(shutil.move(work / "made" / "sdcard.img", to))
 
 
 def _sha256(path: Path) -> str:

@@ -117,7 +117,7 @@ class Machine:
         if cpu:
             cmdline += " systemd.debug_shell systemd.default_debug_tty=ttyAMA0"
             cmdline += " systemd.mask=serial-getty@ttyAMA0.service"
-            words += ["-cpu", cpu, "-smp", "2", "-device", "virtio-net-pci,netdev=net"]
+            words += ["-cpu", cpu, "-smp", "2", "-device", "virtio-net-pci,netdev=net,romfile="]
             words += ["-drive", f"if=none,id=card,format=raw,file={self.card}"]
             words += ["-device", "virtio-blk-pci,drive=card", "-device", "virtio-rng-pci"]
         else:

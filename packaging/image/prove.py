@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 PATIENCE_S = {"virt-cortex-a53": 420.0, "virt-cortex-a72": 420.0, "raspi3b": 1500.0}
 MAX_HELLO_S, MAX_RSS_MIB, MAX_IMAGE_MB, MAX_DEB_MB = 60.0, 90.0, 220.0, 30.0
-EPOCHS = {"virt-cortex-a53": 150, "virt-cortex-a72": 150, "raspi3b": 2}
+EPOCHS = {"virt-cortex-a53": 60, "virt-cortex-a72": 60, "raspi3b": 2}
 """Enough that a round lasts some seconds under emulation: power is cut within."""
 STATUS = "cat /var/lib/fedge/status.json"
 PREDICT = (
@@ -199,8 +199,8 @@ class Story:
         self._expect(f"nothing lost: {kept} became {after}", _is_kept(kept, after))
         last = self._until("every round ends", lambda: self._hub.version() >= 3)
         self._expect("the last version is 3", last)
-        mine = [u for u in self._hub.updates(device) if u["outcome"] == "counted"]
-        self._expect(f"counted in every round, got {len(mine)}", len(mine) == 3)
+        mine = [u for u in self._hub.updates(device) if u["folded"]]
+        self._expect(f"in every version, got {len(mine)}", len(mine) >= 3)
         self._until("version 3 on the board", lambda: self._status().get("version") == 3)
         status = self._status()
         self._expect("the outbox is empty", status["outbox"] == 0)
