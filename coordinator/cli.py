@@ -40,7 +40,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.set_defaults(command=_run)
     check = commands.add_parser(
-        "check", help="read the configuration and its bundles, start nothing", epilog=CHECK
+        "check",
+        help="read the configuration and its bundles, try the store, start nothing",
+        epilog=CHECK,
     )
     check.add_argument("--config", required=True, help="coordinator.toml")
     check.add_argument("--json", action="store_true", help="for machines")
@@ -80,7 +82,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from coordinator import config, pacing
+    from coordinator import config, health, pacing
 
     settings = config.load(args.config)
     settings.password()
@@ -105,8 +107,9 @@ def _check(args: argparse.Namespace) -> int:
     for task, pace in settings.tasks:
         if unmet := pacing.unmet(pace, task.entry.devices):
             print(f"warning: task {task.name}: {unmet}", file=sys.stderr)
+    store = health.inspect(settings.store)
     if not args.json:
-        print(f"{args.config} is sound; broker {settings.broker.rpartition('@')[2]}")
+        print(f"{args.config} is sound; broker {settings.broker.rpartition('@')[2]}; store {store}")
     return 0
 
 

@@ -19,6 +19,9 @@ from edge_sdk.systemd import notify, watchdog_s
 
 log = logging.getLogger(__name__)
 
+LOOK_S = 5.0
+"""How often the manager is told of trouble, at least."""
+
 
 def run(config: Config, *, exit_when_done: bool = False) -> int:
     """Train the configured tasks until SIGTERM or SIGINT; return the exit code.
@@ -59,8 +62,9 @@ async def _serve(config: Config, stop: asyncio.Event, exit_when_done: bool) -> N
         loops = [
             asyncio.create_task(_train(coordinator, task, pace)) for task, pace in config.tasks
         ]
-        watch = asyncio.create_task(_watchdog(coordinator))
-        notify(f"READY=1\nSTATUS=training {', '.join(task.name for task, _ in config.tasks)}")
+        doing = f"training {', '.join(task.name for task, _ in config.tasks)}"
+        watch = asyncio.create_task(_watch(coordinator, doing))
+        notify(f"READY=1\nSTATUS={doing}")
         log.info("ready broker=%s tasks=%d", _shown(url), len(loops))
         try:
             await asyncio.gather(*loops)
@@ -79,13 +83,20 @@ async def _train(coordinator: Coordinator, task: Task, pace: Pace) -> None:
             pass
 
 
-async def _watchdog(coordinator: Coordinator) -> None:
-    """Feed the watchdog from real progress: the loop turns and the store answers."""
-    every_s = watchdog_s()
-    while every_s is not None:
-        await asyncio.sleep(every_s / 2)
-        await coordinator.check_alive()
+async def _watch(coordinator: Coordinator, doing: str) -> None:
+    """Feed the watchdog from real progress: the loop turns and the store answers, well or not.
+
+    A disk that refuses is no reason to be killed: it is said, and work goes on once it is over.
+    """
+    every_s, said = watchdog_s(), None
+    while True:
+        await asyncio.sleep(min(every_s / 2, LOOK_S) if every_s else LOOK_S)
+        trouble = await coordinator.check_alive()
         notify("WATCHDOG=1")
+        if trouble != said:
+            said = trouble
+            log.log(logging.WARNING if trouble else logging.INFO, "trouble=%s", trouble or "over")
+            notify(f"STATUS={doing if trouble is None else f'no receipts, no rounds: {trouble}'}")
 
 
 @contextlib.asynccontextmanager

@@ -119,7 +119,7 @@ class Coordinator:
             )
             for known in await self._store.devices():
                 self.fleet.remember(known)
-            self._warden = Warden(self._store, self._intake, self._clock)
+            self._warden = Warden(self._store, self._intake, self._clock, self._fail)
             await self._warden.heed()
             stack.push_async_callback(_cancelled, asyncio.create_task(self._warden.keep()))
             reader = asyncio.create_task(self._read(link), name="fedge-intake")
@@ -179,13 +179,15 @@ class Coordinator:
         stored = await self._store.version(task.name, version)
         return tensors.unflatten(np.frombuffer(stored.params, "<f4").astype(np.float32), shapes)
 
-    async def check_alive(self) -> None:
-        """Return once the loop has turned and the store has answered.
+    async def check_alive(self) -> str | None:
+        """Return once the loop has turned and the store has answered: what troubles it, if any.
 
+        In trouble no receipt is sent and no round begins, until it is over.
         Raises: what stopped the coordinator, if something did.
         """
-        await self._store.devices()
+        await self._store.probe()
         self._raise_if_failed()
+        return self._store.trouble
 
     @property
     def _running(self) -> set[str]:
@@ -373,13 +375,15 @@ class Coordinator:
 
     async def _insist(self, task: str, write: Callable[[], Awaitable[None]]) -> None:
         """Write, however long the disk refuses: rounds wait for it and lose nothing."""
+        said = ""
         while True:
             try:
                 return await write()
             except ContradictionError:
                 raise
             except StoreError as error:
-                log.warning("round waits for the disk task=%s reason=%s", task, error)
+                if said != (said := str(error)):
+                    log.warning("round waits for the disk task=%s reason=%s", task, error)
                 await self._clock.wait(asyncio.Event(), self._clock.monotonic() + RETRY_S)
 
     async def _rest(self, desk: Desk) -> None:
@@ -428,9 +432,13 @@ class Coordinator:
                 await self._slots.acquire()
                 self._spawn(self._do(work, ack))
         except FedgeError as error:
-            self._failed = error
+            self._fail(error)
         else:
-            self._failed = FedgeError("the connection to the broker is closed")
+            self._fail(FedgeError("the connection to the broker is closed"))
+
+    def _fail(self, error: FedgeError) -> None:
+        """End every task with what cannot be gone on from."""
+        self._failed = error
         for desk in self._intake.desks.values():
             desk.changed.set()
 

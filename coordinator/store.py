@@ -8,6 +8,7 @@ updates it holds: all or nothing.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 import zlib
@@ -20,7 +21,7 @@ from coordinator import docket
 from coordinator.docket import Letter, Orders, Refusal
 from coordinator.fleet import Known
 from coordinator.quarantine import Conduct, Rules
-from coordinator.writer import ContradictionError, Writer, Writing
+from coordinator.writer import ContradictionError, T, Work, Writer, Writing
 from edge_sdk.bounds import MAX_PATCHES
 from edge_sdk.errors import ConfigError, StoreError
 
@@ -135,11 +136,34 @@ class Store:
             self._writer = path
         self._keep = keep
         self._ordered_at = -1
+        self.trouble: str | None = None
+        """Why the latest write was refused; None when it was not."""
 
     @property
     def transactions(self) -> int:
         """Transactions committed since the store was opened."""
         return self._writer.transactions
+
+    async def probe(self) -> None:
+        """Find out whether the store answers, and, where it was in trouble, takes writes again."""
+        with contextlib.suppress(StoreError):
+            if self.trouble is None:
+                await self._ask(lambda db: db.execute("SELECT 1"), urgent=True)
+            else:
+                await self._write(_try_out)
+
+    async def _write(self, work: Work[T], *, urgent: bool = False) -> T:
+        result = await self._ask(work, urgent=urgent)
+        self.trouble = None
+        return result
+
+    async def _ask(self, work: Work[T], *, urgent: bool = False) -> T:
+        try:
+            return await self._writer.run(work, urgent=urgent)
+        except StoreError as error:
+            if not isinstance(error, ContradictionError):
+                self.trouble = str(error)
+            raise
 
     def close(self) -> None:
         """Finish pending work and let go of the file."""
@@ -150,11 +174,11 @@ class Store:
         said = json.dumps(dict(known.tags), sort_keys=True)
         named = (known.device, known.key, known.name, known.sdk, known.boot, known.online)
         row = (*named, said, known.number)
-        await self._writer.run(lambda db: db.execute(_REMEMBER, row))
+        await self._write(lambda db: db.execute(_REMEMBER, row))
 
     async def devices(self) -> list[Known]:
         """Return every device ever seen, in the order of their coming."""
-        rows = await self._writer.run(lambda db: db.execute(_DEVICES).fetchall(), urgent=True)
+        rows = await self._ask(lambda db: db.execute(_DEVICES).fetchall(), urgent=True)
         return [
             Known(d, key, name, sdk, bool(up), boot, json.loads(said), number)
             for d, key, name, sdk, up, boot, said, number in rows
@@ -185,11 +209,11 @@ class Store:
             conducts = docket.orders(db).conducts.get(task, {})
             return Resumed(call, version, rounds, pending, reports, patches, conducts)
 
-        return await self._writer.run(work, urgent=True)
+        return await self._write(work, urgent=True)
 
     async def next_call(self, task: str) -> int:
         """Begin a new call, whose number was never used before."""
-        return await self._writer.run(lambda db: _next_call(db, task), urgent=True)
+        return await self._write(lambda db: _next_call(db, task), urgent=True)
 
     async def open_round(self, task: str, r: StoredRound) -> None:
         """Begin a round: from here on it survives a restart."""
@@ -201,7 +225,7 @@ class Store:
             db.execute(_OPEN_ROUND, (*row, standings))
             db.execute(_PRUNE_STANDINGS, (task, r.number - STANDINGS_KEPT))
 
-        await self._writer.run(work, urgent=True)
+        await self._write(work, urgent=True)
 
     async def join_round(self, task: str, number: int, cohort: Iterable[str]) -> None:
         """Store who takes part in an open round from now on.
@@ -214,7 +238,7 @@ class Store:
             if db.execute(_JOIN_ROUND, row).rowcount != 1:
                 raise ContradictionError(f"task {task}: round {number} is not open")
 
-        await self._writer.run(work, urgent=True)
+        await self._write(work, urgent=True)
 
     async def count(self, task: str, update: StoredUpdate) -> Counted:
         """Store an update, once a device and round; the receipt may be sent after this returns."""
@@ -228,15 +252,15 @@ class Store:
             outcome, digest = db.execute(_COUNTED, (task, u.round, u.device)).fetchone()
             return Counted(is_new=False, outcome=outcome, hash=digest)
 
-        return await self._writer.run(work)
+        return await self._write(work)
 
     async def refuse(self, task: str, refusal: Refusal, rules: Rules) -> Conduct | None:
         """Keep a refusal; return what is held against its device if that changed."""
-        return await self._writer.run(lambda db: docket.refuse(db, task, refusal, rules))
+        return await self._write(lambda db: docket.refuse(db, task, refusal, rules))
 
     async def hold(self, task: str, device: str, held: Conduct) -> None:
         """Keep what is held against a device."""
-        await self._writer.run(lambda db: docket.keep(db, task, device, held), urgent=True)
+        await self._write(lambda db: docket.keep(db, task, device, held), urgent=True)
 
     async def orders(self) -> Orders | None:
         """Return what operators ordered; None if nobody else wrote since it was last asked."""
@@ -248,30 +272,30 @@ class Store:
             self._ordered_at = at
             return docket.orders(db)
 
-        return await self._writer.run(work, urgent=True)
+        return await self._ask(work, urgent=True)
 
     async def letters(self) -> list[Letter]:
         """Return every message in whose handling a coordinator failed."""
-        return await self._writer.run(docket.letters, urgent=True)
+        return await self._ask(docket.letters, urgent=True)
 
     async def failed_on(self, letter: Letter) -> Letter:
         """Count one more failure in the handling of a message; return what is known of it now."""
-        return await self._writer.run(lambda db: docket.fail(db, letter), urgent=True)
+        return await self._write(lambda db: docket.fail(db, letter), urgent=True)
 
     async def forgive(self, names: Sequence[bytes]) -> None:
         """Forget failures in messages that were handled after all."""
-        await self._writer.run(lambda db: docket.forgive(db, names))
+        await self._write(lambda db: docket.forgive(db, names))
 
     async def counted(self, task: str, number: int, device: str) -> bytes | None:
         """Return the hash of the update of `device` that counts for a round; None for none."""
         where = (task, number, device)
-        row = await self._writer.run(lambda db: db.execute(_COUNTED, where).fetchone())
+        row = await self._ask(lambda db: db.execute(_COUNTED, where).fetchone())
         return None if row is None else cast("bytes", row[1])
 
     async def round_of(self, task: str, device: str, update: bytes) -> int | None:
         """Return the round that an update was counted for, by its hash; None if it was not."""
         where = (task, device, update)
-        row = await self._writer.run(lambda db: db.execute(_ROUND_OF, where).fetchone())
+        row = await self._ask(lambda db: db.execute(_ROUND_OF, where).fetchone())
         return None if row is None else int(row[0])
 
     async def commit(
@@ -297,7 +321,7 @@ class Store:
             _mark(db, task, v.number, pairs)
             self._prune(db, task, v.number)
 
-        await self._writer.run(work, urgent=True)
+        await self._write(work, urgent=True)
 
     async def abort(
         self, task: str, number: int, result: Mapping[str, Any], aside: Iterable[tuple[int, str]]
@@ -309,14 +333,14 @@ class Store:
             _close_round(db, task, number, "abort", result)
             _mark(db, task, SET_ASIDE, pairs)
 
-        await self._writer.run(work, urgent=True)
+        await self._write(work, urgent=True)
 
     async def version(self, task: str, number: int) -> Version:
         """Return one version of a task.
 
         Raises: StoreError when there is none of that number, or it was pruned.
         """
-        row = await self._writer.run(
+        row = await self._ask(
             lambda db: db.execute(_VERSION, (task, number)).fetchone(), urgent=True
         )
         if row is None:
@@ -380,6 +404,12 @@ _PRUNE_VERSIONS = """UPDATE versions SET params = NULL, optimizer = NULL,
     WHERE task = ? AND version BETWEEN 1 AND ? AND params IS NOT NULL"""
 _PRUNE_UPDATES = """UPDATE updates SET blob = NULL
     WHERE task = ? AND folded BETWEEN 1 AND ? AND blob IS NOT NULL"""
+
+
+def _try_out(db: sqlite3.Connection) -> None:
+    """Write as much as a small update, and take it away again."""
+    db.execute("INSERT INTO tags (device, tag, value) VALUES ('', '', hex(randomblob(16384)))")
+    db.execute("DELETE FROM tags WHERE device = ''")
 
 
 def _create(db: sqlite3.Connection, task: str, bundle: bytes, first: Version) -> None:

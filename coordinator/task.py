@@ -133,12 +133,12 @@ class Task:
     @property
     def entry(self) -> Entry:
         """Who may take part."""
-        listed = self.devices
-        if listed is not None:
-            if isinstance(listed, str) or not listed:
-                raise ConfigError(f"expected devices to be a list of ids, got {listed!r}")
-            listed = frozenset(map(topics.checked_device, listed))
-        return Entry(listed, where(self.where) if self.where else None)
+        tagged = where(self.where) if self.where else None
+        if self.devices is None:
+            return Entry(None, tagged)
+        if isinstance(self.devices, str) or not self.devices:
+            raise ConfigError(f"expected devices to be a list of ids, got {self.devices!r}")
+        return Entry(frozenset(map(topics.checked_device, self.devices)), tagged)
 
     @property
     def codec_spec(self) -> Spec:

@@ -4,15 +4,16 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
+from collections.abc import Callable
 
 from coordinator import quarantine
 from coordinator.clock import Clock
 from coordinator.desk import Desk
 from coordinator.intake import Intake
 from coordinator.store import Store
-from edge_sdk.errors import StoreError
+from coordinator.writer import ContradictionError
+from edge_sdk.errors import FedgeError, StoreError
 
 log = logging.getLogger(__name__)
 
@@ -23,15 +24,21 @@ HEED_S = 10.0
 class Warden:
     """`heed` once, then `keep` for as long as the coordinator runs."""
 
-    def __init__(self, store: Store, intake: Intake, clock: Clock) -> None:
-        self._store, self._intake, self._clock = store, intake, clock
+    def __init__(
+        self, store: Store, intake: Intake, clock: Clock, fail: Callable[[FedgeError], None]
+    ) -> None:
+        self._store, self._intake, self._clock, self._fail = store, intake, clock, fail
 
     async def keep(self) -> None:
         """Heed the operators, again and again."""
         while True:
             await self._clock.wait(asyncio.Event(), self._clock.monotonic() + HEED_S)
-            with contextlib.suppress(StoreError):  # what has to be written will say so
+            try:
                 await self.heed()
+            except ContradictionError as error:  # another file is in the place of ours
+                self._fail(error)
+            except StoreError:  # what has to be written will say so
+                await self._store.probe()
 
     async def heed(self) -> None:
         """Do as operators ordered since, and parole whose hours in quarantine are over.

@@ -33,6 +33,8 @@ class ContradictionError(StoreError):
 
 
 Work = Callable[[sqlite3.Connection], T]
+Place = tuple[int, int] | None
+"""Device and inode of a file, None where there is none."""
 
 
 class Writing(Protocol):
@@ -75,6 +77,7 @@ class Writer:
         self._opened: Future[None] = Future()
         self._lock = _lock(path)
         self._is_closed = False
+        self._places: tuple[Place, Place] = (None, None)
         self._thread = threading.Thread(target=self._main, name="fedge-store", daemon=True)
         self._thread.start()
         try:
@@ -109,6 +112,7 @@ class Writer:
         except (sqlite3.Error, StoreError) as error:
             self._opened.set_exception(_store_error(self.path, error))
             return
+        self._places = _places(self.path)
         self._opened.set_result(None)
         try:
             while (first := self._queue.get()) is not None:
@@ -137,7 +141,9 @@ class Writer:
     def _commit(self, db: sqlite3.Connection, batch: list[_Job]) -> None:
         works = [job.work for job in batch]
         try:
+            self._check_place()
             outcomes = transact(db, works, self.path, self._failpoints.reach)
+            self._check_place()  # what was written to a file that is gone is no promise
         except StoreError as error:
             for job in batch:
                 _settle(job.done, error)
@@ -145,6 +151,35 @@ class Writer:
         self.transactions += 1
         for job, outcome in zip(batch, outcomes, strict=True):
             _settle(job.done, outcome)
+
+    def _check_place(self) -> None:
+        """Refuse to go on in a file that no longer is where the next start looks for it.
+
+        Raises: StoreError while it is gone, ContradictionError once another is in its place.
+        """
+        found = _places(self.path)
+        if self._places[1] is None:  # the log comes with the first transaction
+            self._places = (self._places[0], found[1])
+        if found == self._places:
+            return
+        if found[0] is None:
+            raise StoreError(f"the store {self.path} is gone: put it back where it was")
+        raise ContradictionError(
+            f"the store {self.path} or its log was replaced while in use: start again with it"
+        )
+
+
+def _places(path: Path) -> tuple[Place, Place]:
+    """Return what stands at the path of a database, and at that of its log: device and inode."""
+    found: list[Place] = []
+    for file in (path, path.with_name(path.name + "-wal")):
+        try:
+            at = file.stat()
+        except OSError:
+            found.append(None)
+        else:
+            found.append((at.st_dev, at.st_ino))
+    return found[0], found[1]
 
 
 def transact(
