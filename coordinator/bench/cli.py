@@ -24,7 +24,9 @@ EXAMPLES = """examples:
   fedge bench int8                           accuracy of int8 training next to float32
   fedge bench int8 --model har --data har.npz
   fedge bench codec                          bytes and milliseconds of an update
-  fedge bench aggregate                      updates folded per second"""
+  fedge bench aggregate                      updates folded per second
+  fedge bench restart --json                 a killed coordinator of 1000 devices, until it is back
+  fedge bench hostile --json                 what devices notice of 1000 hostile connections"""
 Tables = Mapping[str, Sequence[Mapping[str, Any]]]
 """What a measurement gives: rows of named fields, by the name of their table."""
 
@@ -51,7 +53,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    kinds = parser.add_subparsers(required=True, metavar="step|memory|int8|codec|aggregate")
+    kinds = parser.add_subparsers(
+        required=True, metavar="step|memory|int8|codec|aggregate|restart|hostile"
+    )
     _add_step(_kind(kinds, "step", "one training step: time and memory, next to torch's", _step))
     memory = _kind(kinds, "memory", "memory to train, predicted and measured", _memory)
     memory.add_argument("--model", help="a recipe's name or an ONNX file (six recipes)")
@@ -66,6 +70,12 @@ def _parser() -> argparse.ArgumentParser:
     int8.add_argument("--seeds", type=int, default=3, help="runs that a row averages (3)")
     _kind(kinds, "codec", "encode and decode updates", _codec)
     _kind(kinds, "aggregate", "decode and fold updates", _aggregate)
+    restart = _kind(kinds, "restart", "a killed coordinator, until it is back", _restart)
+    restart.add_argument("--devices", type=int, default=1000, help="that it knows (1000)")
+    restart.add_argument("--pending", type=int, default=300, help="updates of the open round (300)")
+    hostile = _kind(kinds, "hostile", "what devices notice of hostile connections", _hostile)
+    hostile.add_argument("--connections", type=int, default=1000, help="hostile ones (1000)")
+    hostile.add_argument("--seconds", type=float, default=10.0, help="of each of both parts (10)")
     return parser
 
 
@@ -158,6 +168,18 @@ def _aggregate(args: argparse.Namespace) -> Tables:
     from coordinator.bench import aggregate
 
     return {"aggregate": aggregate.measure()}
+
+
+def _restart(args: argparse.Namespace) -> Tables:
+    from coordinator.bench import restart
+
+    return {"restart": restart.measure(args.devices, args.pending)}
+
+
+def _hostile(args: argparse.Namespace) -> Tables:
+    from coordinator.bench import hostile
+
+    return {"hostile": hostile.measure(args.connections, seconds=args.seconds)}
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
