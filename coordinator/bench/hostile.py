@@ -74,8 +74,12 @@ async def _paced(
     ours = {key.id for key in keys}
     rounds, all_there = round(seconds / EVERY_S), asyncio.Event()
     sent = rounds * len(keys)
-    hears = _listen(coordinator, ours, took, lambda: len(took) == sent and all_there.set())
-    listening = asyncio.create_task(hears)
+
+    def heard() -> None:
+        if len(took) == sent:
+            all_there.set()
+
+    listening = asyncio.create_task(_listen(coordinator, ours, took, heard))
     sending = [
         asyncio.create_task(_publish(mqtt, key.id, rounds, i * EVERY_S / len(keys)))
         for i, (mqtt, key) in enumerate(zip(fleet, keys, strict=True))
@@ -105,7 +109,7 @@ async def _listen(
     coordinator: Mqtt,
     ours: set[str],
     took: dict[tuple[str, int], float],
-    heard: Callable[[], object],
+    heard: Callable[[], None],
 ) -> None:
     async for topic, payload, ack in coordinator.messages():
         now = time.perf_counter_ns()
