@@ -399,6 +399,8 @@ class Agent:
             lapsed = ("failed",)
         self._count()
         lapsed += self._meter.lapsed(self._update_bytes())
+        if not self._stint.in_use and self._store.quota.left < self._local.round_bytes:
+            lapsed += ("disk",)  # the model answers all the same
         if lapsed != self._lapsed:
             log.info("conditions lapsed=%s", ",".join(lapsed) or "none")
         self._lapsed = lapsed

@@ -120,7 +120,8 @@ class Device:
         failpoints = Failpoints.from_environment()
         given = Bundle.load(bundle) if isinstance(bundle, str | Path) else bundle
         held = ModelFile(model_file) if model_file is not None else None
-        self._store = Store(state or default_state(task))
+        most = (limits or Limits()).max_disk_bytes
+        self._store = Store(state or default_state(task), max_bytes=most)
         try:
             key = self._store.identity()
             settings = Settings(
@@ -159,7 +160,7 @@ class Device:
                 key=key,
                 store=self._store,
                 local=self._local,
-                outbox=Outbox(self._store.outbox, outbox_bytes),
+                outbox=Outbox(self._store.outbox, outbox_bytes, quota=self._store.quota),
                 transport=self._transport,
                 trainer=trainer or ChildTrainer(),
                 clock=clock,

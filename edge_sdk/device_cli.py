@@ -295,6 +295,8 @@ def _device(config: DeviceConfig, trainer: LocalTraining | None) -> Device:
         keepalive_s=config.keepalive_s,
         outbox_bytes=config.outbox_bytes,
         limits=config.limits,
+        checkpoint_s=config.checkpoint_s,
+        trial=config.trial,
         trainer=trainer,
     )
 

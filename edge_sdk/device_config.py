@@ -14,6 +14,7 @@ from edge_sdk.bounds import MAX_TAGS, Tag, are_tags
 from edge_sdk.conditions import Condition
 from edge_sdk.errors import ConfigError, MessageError
 from edge_sdk.limits import Limits
+from edge_sdk.trial import Terms
 
 T = TypeVar("T")
 
@@ -66,7 +67,10 @@ class DeviceConfig:
     keepalive_s: int = 30
     log_level: str = "info"
     source: SourceConfig | None = None
+    checkpoint_s: float = 30.0
+    """How often a training under way is kept on disk; 0 is never."""
     limits: Limits = field(default_factory=Limits)
+    trial: Terms = field(default_factory=Terms)
 
     @property
     def password(self) -> str | None:
@@ -88,13 +92,15 @@ class DeviceConfig:
             topics.checked_task(self.task)
         except MessageError as error:
             raise ConfigError(f"task: {error}") from error
+        if not self.checkpoint_s >= 0:
+            raise ConfigError(f"checkpoint_s: expected seconds from 0, got {self.checkpoint_s}")
         if self.error_quantile is not None and not 0 < self.error_quantile <= 1:
             raise ConfigError(
                 f"error_quantile: expected above 0, at most 1, got {self.error_quantile}"
             )
 
 
-TABLES: dict[str, type[Any]] = {"source": SourceConfig, "limits": Limits}
+TABLES: dict[str, type[Any]] = {"source": SourceConfig, "trial": Terms, "limits": Limits}
 """Tables of the file and what each is read into."""
 
 

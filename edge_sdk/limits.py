@@ -30,6 +30,8 @@ class Limits:
     """One update, as declared."""
     max_nodes: int = 10_000
     """Nodes of one graph."""
+    max_disk_bytes: int | None = None
+    """All that the device keeps; None for what the disk has."""
     max_bytes_per_day: int | None = None
     """Sent and received together; None is no limit."""
     max_minutes_per_day: float | None = None

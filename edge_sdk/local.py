@@ -17,16 +17,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from edge_sdk import anomaly, trial
+from edge_sdk import anomaly, layouts, trial
 from edge_sdk.bundle import Bundle
-from edge_sdk.errors import BundleError, EngineError, FedgeError, RefusedError, StoreError
+from edge_sdk.errors import EngineError, FedgeError, RefusedError, StoreError
 from edge_sdk.limits import Limits
-from edge_sdk.model import Model, batched, open_model
+from edge_sdk.model import Model, open_model
 from edge_sdk.model_file import ModelFile
-from edge_sdk.samples import Samples
+from edge_sdk.params import count
+from edge_sdk.samples import Layout, Samples
 from edge_sdk.slots import ModelName, Refusal, Slots
 from edge_sdk.store import Store
-from edge_sdk.trainer import Feed
 from edge_sdk.trial import OnTrial, Terms
 from edge_sdk.types import Shapes
 
@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 PARAMS = "params.bin"
 ANSWERS_KEPT = 16
 _ERRORS_BATCH = 64
+ROUND_FACTOR, ROUND_SLACK = 12, 1 << 14
 FEW_EXAMPLES, MANY_EXAMPLES = 4, 256
 """That a model has to answer before it is used: to see that it does, and how well."""
 
@@ -127,6 +128,12 @@ class Local:
         return len(samples) * samples.layout.record_bytes if samples is not None else 0
 
     @property
+    def round_bytes(self) -> int:
+        """How much disk a round takes at the most, from the weights to the update."""
+        bundle = self.bundle
+        return ROUND_FACTOR * 4 * count(bundle.shapes) + ROUND_SLACK if bundle is not None else 0
+
+    @property
     def samples_path(self) -> Path:
         """Where the examples are."""
         if self._samples is None:
@@ -206,7 +213,7 @@ class Local:
         with self._learning:
             if (bundle := self.bundle) is None or self._samples is None:
                 raise NoModelError("no model yet to learn for: pass bundle=, or wait for an offer")
-            x, y = _checked(bundle.manifest, xs, labels)
+            x, y = layouts.checked(bundle.manifest, xs, labels)
             if len(x):
                 self._samples.extend(x, y)
 
@@ -380,7 +387,7 @@ class Local:
 
     def _use(self, bundle: Bundle, weights: bytes, version: int) -> Model:
         self.check(bundle)
-        layout = _layout(bundle.manifest)
+        layout = layouts.layout(bundle.manifest)
         engine, threads = self._engine, self._threads
         model = self._runtime.open(bundle, weights, version, engine=engine, threads=threads)
         self._open_samples(layout)
@@ -444,51 +451,24 @@ class Local:
             self._samples = opened
 
     def _opened(self, path: Path, layout: dict[str, Any]) -> Samples:
+        capacity = self._capacity_of(layout)
         try:
-            return self._runtime.ring(path, self._capacity, layout)
+            found = self._runtime.ring(path, capacity, layout)
         except (StoreError, ValueError, OSError) as error:
             log.warning("examples damaged, set aside file=%s reason=%s", path.name, error)
             self._store.disk.rename(path, path.with_name(path.name + ".damaged"))
-            return self._runtime.ring(path, self._capacity, layout)
+            found = self._runtime.ring(path, capacity, layout)
+        self._store.quota.speak_for(path, capacity * found.layout.record_bytes)
+        return found
 
-
-def _layout(manifest: dict[str, Any]) -> dict[str, Any]:
-    x, y = manifest["input"]["shape"][1:], manifest["target"]["shape"][1:]
-    if None in x or None in y:
-        raise BundleError(
-            f"expected examples of one fixed shape, the bundle says {x} and {y}; fix the model's "
-            "input shape, all but the batch"
-        )
-    dtype = Feed(manifest).dtype.name
-    return {
-        "x_shape": tuple(x),
-        "x_dtype": dtype,
-        "y_shape": tuple(y),
-        "y_dtype": manifest["target"]["dtype"],
-    }
-
-
-def _checked(
-    manifest: dict[str, Any], xs: ArrayLike, labels: ArrayLike
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Examples and labels as the training graph takes them, `[n, ...]` both."""
-    x, is_one = batched(xs, tuple(manifest["input"]["shape"]))
-    y = np.asarray(labels)
-    y = y[np.newaxis] if is_one and y.ndim < len(manifest["target"]["shape"]) else y
-    if len(x) == 0 == len(y):
-        return x, y
-    wanted = manifest["target"]
-    if wanted["dtype"].startswith("int") and y.dtype.kind == "f" and np.array_equal(y, np.rint(y)):
-        y = y.astype(np.int64)  # 3.0, as a CSV file has it
-    if y.size == len(x) and y.ndim != len(wanted["shape"]):
-        y = y.reshape(len(x), *(1 for _ in wanted["shape"][1:]))
-    feed = Feed(manifest)
-    x, y = feed.examples(x, y)
-    inputs = feed.inputs(x)
-    for name, values in (("x", inputs), ("label", y)):
-        if values.dtype.kind == "f" and not np.isfinite(values).all():
-            raise ValueError(f"expected finite numbers in {name}, got NaN or infinity")
-    return inputs, y
+    def _capacity_of(self, layout: dict[str, Any]) -> int:
+        """Return how many examples to keep: as many as asked for, in half of what is allowed."""
+        if (most := self._store.quota.most) is None:
+            return self._capacity
+        fit = max(1, most // 2 // Layout(**layout, capacity=1).record_bytes)
+        if fit < self._capacity:
+            log.warning("examples kept are %d, max_disk_bytes has no room for more", fit)
+        return min(fit, self._capacity)
 
 
 def _answers(model: Model, x: NDArray[Any]) -> NDArray[Any]:

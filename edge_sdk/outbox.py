@@ -8,6 +8,7 @@ power cut can separate them. A file that does not add up is dropped, and said so
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import struct
 import zlib
@@ -18,10 +19,13 @@ from pathlib import Path
 from edge_sdk import files
 from edge_sdk.errors import StoreError
 from edge_sdk.files import SYSTEM, Disk
+from edge_sdk.quota import Quota
 
 log = logging.getLogger(__name__)
 
 DEFAULT_CAP_BYTES = 64 * 2**20
+STALE_ROUNDS = 256
+"""So many rounds later an update is worth nothing, and no coordinator is known to count it."""
 _MAGIC = b"FDOB"
 _HEAD = struct.Struct("<4sHH16sQIIII")  # magic, version, 0, update, round, three lengths, crc32
 _VERSION = 1
@@ -56,9 +60,13 @@ class Outbox:
     """
 
     def __init__(
-        self, folder: Path, cap_bytes: int = DEFAULT_CAP_BYTES, disk: Disk = SYSTEM
+        self,
+        folder: Path,
+        cap_bytes: int = DEFAULT_CAP_BYTES,
+        disk: Disk = SYSTEM,
+        quota: Quota | None = None,
     ) -> None:
-        self._folder, self._cap_bytes, self._disk = folder, cap_bytes, disk
+        self._folder, self._cap_bytes, self._disk, self._quota = folder, cap_bytes, disk, quota
         self._waiting: dict[bytes, Waiting] = {}
         self._next = 0
         self._open()
@@ -88,7 +96,7 @@ class Outbox:
                 f"expected an update of at most {self._cap_bytes} bytes with its residuals, got "
                 f"{size}; raise outbox_bytes or choose a stronger codec"
             )
-        dropped = self._make_room(size)
+        dropped = self._make_room(size, entry.round)
         path = self._folder / f"{self._next:010d}.update"
         files.write(path, *parts, mode=0o600, disk=self._disk)
         self._next += 1
@@ -125,19 +133,25 @@ class Outbox:
             else:
                 self._waiting[entry.update] = Waiting(entry.update, entry.round, path, len(data))
 
-    def _make_room(self, size: int) -> tuple[bytes, ...]:
+    def _make_room(self, size: int, round_: int) -> tuple[bytes, ...]:
+        """Drop what is stale for certain, then the oldest, until an update of `round_` fits."""
+        stale = [w for w in self if w.round <= round_ - STALE_ROUNDS]
         dropped = []
-        for waiting in self:
-            if self.size_bytes + size <= self._cap_bytes:
+        for waiting in (*stale, *(w for w in self if w not in stale)):
+            if waiting not in stale and self.size_bytes + size <= self._cap_bytes:
                 break
-            log.warning("outbox full, oldest dropped round=%d", waiting.round)
+            why = "stale for certain" if waiting in stale else "outbox full, it is the oldest"
+            log.warning("update dropped round=%d reason=%s", waiting.round, why)
             self.remove(waiting.update)
             dropped.append(waiting.update)
+        if self._quota is not None:
+            self._quota.make_room(size)
         return tuple(dropped)
 
     def _give_up(self, path: Path, error: Exception) -> None:
         log.warning("outbox entry damaged, dropped file=%s reason=%s", path.name, error)
-        files.remove(path, self._disk)
+        with contextlib.suppress(StoreError):  # a disk that refuses: it is dropped again next time
+            files.remove(path, self._disk)
 
 
 def _encode(entry: Entry) -> tuple[bytes, ...]:

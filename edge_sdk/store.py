@@ -31,6 +31,7 @@ from edge_sdk import files
 from edge_sdk.bundle import Bundle
 from edge_sdk.errors import BundleError, StoreError
 from edge_sdk.files import SYSTEM, Disk
+from edge_sdk.quota import DAMAGED, Quota
 from edge_sdk.setbacks import Setbacks
 from edge_sdk.signing import DeviceKey
 from edge_sdk.slots import Slots
@@ -93,7 +94,9 @@ class Store:
     Raises: StoreError when the folder cannot be used, or another process holds it.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], disk: Disk = SYSTEM) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], disk: Disk = SYSTEM, max_bytes: int | None = None
+    ) -> None:
         self.folder, self.disk = Path(folder).expanduser(), disk
         self.samples = self.folder / "samples"
         self.outbox = self.folder / "outbox"
@@ -102,6 +105,7 @@ class Store:
         self._weights = self.folder / "weights"
         self._make_folders()
         self._let_go = self._take_lock()
+        self.quota = Quota(self.folder, max_bytes, is_real=disk is SYSTEM)
 
     def close(self) -> None:
         """Let another process have the folder."""
@@ -169,6 +173,7 @@ class Store:
     def put_bundle(self, bundle: Bundle) -> None:
         """Keep a bundle; writes nothing if it is here."""
         if self.bundle(bundle.digest) is None:
+            self.quota.make_room(len(bundle.data))
             self._write(self.bundle_path(bundle.digest), bundle.data)
 
     def weights_path(self, digest: str) -> Path:
@@ -189,6 +194,7 @@ class Store:
         """Keep weights; return their sha256 in hex. Writes nothing if they are here."""
         digest = hashlib.sha256(data).hexdigest()
         if self.weights(digest) is None:
+            self.quota.make_room(len(data))
             self._write(self.weights_path(digest), data)
         return digest
 
@@ -291,7 +297,7 @@ class Store:
     def _set_aside(self, path: Path, error: Exception) -> None:
         log.warning("state damaged, set aside file=%s reason=%s", path.name, error)
         with contextlib.suppress(OSError):  # the next write to this name will say what is wrong
-            self.disk.rename(path, path.with_name(path.name + ".damaged"))
+            self.disk.rename(path, path.with_name(path.name + DAMAGED))
 
     def _write_json(self, name: str, value: dict[str, Any]) -> None:
         data = json.dumps(value, sort_keys=True, indent=1).encode() + b"\n"

@@ -13,6 +13,8 @@ from edge_sdk import device_config
 from edge_sdk.device_config import DeviceConfig, SourceConfig
 from edge_sdk.errors import ConfigError
 from edge_sdk.failpoints import Failpoints
+from edge_sdk.training import CHECKPOINT_S
+from edge_sdk.trial import Terms
 
 TASK = 'task = "pump"\n'
 FULL = """
@@ -126,3 +128,22 @@ def test_failpoints_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -
     Failpoints.from_environment().reach("on_receipt")
     monkeypatch.delenv("FEDGE_FAILPOINTS")
     Failpoints.from_environment().reach("on_receipt")
+
+
+def test_checkpoints_and_trials_are_set_in_the_file() -> None:
+    base = {"broker": "mqtts://b", "task": "t"}
+    config = device_config.parse(base)
+    assert (config.checkpoint_s, config.trial) == (CHECKPOINT_S, Terms())
+    trial = {"answers": 5, "seconds": 10, "starts": 2, "margin": 0.05}
+    config = device_config.parse(
+        {**base, "checkpoint_s": 0, "trial": trial, "limits": {"max_disk_bytes": 9_000_000}}
+    )
+    assert config.checkpoint_s == 0
+    assert config.trial == Terms(5, 10.0, 2, 0.05)
+    assert config.limits.max_disk_bytes == 9_000_000
+    with pytest.raises(ConfigError, match="checkpoint_s: expected seconds from 0"):
+        device_config.parse({**base, "checkpoint_s": -1})
+    with pytest.raises(ConfigError, match=r"trial: expected a margin from 0"):
+        device_config.parse({**base, "trial": {"margin": -1}})
+    with pytest.raises(ConfigError, match=r"trial\.starts"):
+        device_config.parse({**base, "trial": {"starts": 0}})
