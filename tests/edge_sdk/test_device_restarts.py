@@ -124,6 +124,17 @@ def test_a_device_killed_while_it_trained_goes_on_with_the_same_job(life: Life) 
     assert life.declined == 0
 
 
+def test_a_device_that_was_stopped_in_training_goes_on_as_well(life: Life) -> None:
+    life.train()
+    life.device.close()
+    life.training.may_end.set()
+    life.born()
+    life.until(lambda: life.device.status()["receipts"] == {"counted": 1})
+    assert [job.seed for job in life.training.jobs] == [7, 7]
+    assert life.declined == 0
+    life.kill()
+
+
 def test_time_went_on_while_it_was_dead(life: Life) -> None:
     life.train(deadline_s=100.0)
     life.kill()

@@ -152,6 +152,33 @@ def test_a_version_that_processes_die_with_is_gone_back_from_and_not_tried_again
         assert local.model.version == 3
 
 
+class Fatal(Runtime):
+    """Ends the process as it opens a version."""
+
+    def open(
+        self, bundle: Bundle, weights: bytes, version: int, *, engine: str, threads: int
+    ) -> Model:
+        if version == 1:
+            raise KeyboardInterrupt
+        return super().open(bundle, weights, version, engine=engine, threads=threads)
+
+
+def test_a_version_that_processes_die_with_as_they_open_it_is_gone_back_from(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(KeyboardInterrupt), killed(tmp_path, runtime=Fatal()) as local:
+        take(local, 1)
+    for _ in range(Terms().starts - 1):
+        store = Store(tmp_path)
+        with pytest.raises(KeyboardInterrupt):
+            Local(store, BUNDLE, runtime=Fatal())
+        store.close()
+    with opened(tmp_path, runtime=Fatal()) as local:
+        assert local.model is not None
+        assert local.model.version == 0
+        assert [r.model.version for r in local.slots.refused] == [1]
+
+
 def test_processes_that_end_as_they_should_do_not_count(tmp_path: Path) -> None:
     with opened(tmp_path) as local:
         take(local, 1)
