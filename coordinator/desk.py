@@ -137,6 +137,8 @@ class Desk:
     _sum: Any = None
     _deferred: list[tuple[StoredUpdate, Lattice]] = field(default_factory=list)
     _stored: dict[int, StoredRound] = field(default_factory=dict)
+    _opened_s: dict[int, float] = field(default_factory=dict)
+    """When each round began, of those that this coordinator saw begin or go on."""
     _buckets: dict[int, Mapping[str, int]] = field(default_factory=dict)
 
     @property
@@ -171,8 +173,11 @@ class Desk:
         """Take in a round that the store has begun."""
         self._note(r, now_s, r.cohort)
         self.rounds[r.number] = self.current = opened
+        if r.state == "open" and not opened.is_open_ended:
+            self._opened_s[r.number] = now_s
         for old in sorted(self.rounds)[: -self.recent]:
             del self.rounds[old], self._stored[old], self._buckets[old]
+            self._opened_s.pop(old, None)
 
     def join(self, devices: frozenset[str], now_s: float = 0.0) -> tuple[Action, ...]:
         """Let devices take part in the open round, which the store has seen join."""
@@ -196,6 +201,11 @@ class Desk:
         if errand is None or errand.round != number:
             return None
         return self.at_work.pop(device)
+
+    def took_s(self, number: int, errand: Errand | None, now_s: float) -> float | None:
+        """Return how long ago a device was invited to a round, seconds; None if nobody knows."""
+        since_s = self._opened_s.get(number) if errand is None else errand.since_s
+        return None if since_s is None else now_s - since_s
 
     def wanted(self, ready: AbstractSet[str], now_s: float) -> tuple[set[str], int]:
         """Return who is idle among `ready`, and how many of them the pace has room for."""

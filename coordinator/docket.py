@@ -124,7 +124,7 @@ def tag(db: sqlite3.Connection, device: str, name: str, value: Tag | None) -> No
 
 def letters(db: sqlite3.Connection) -> list[Letter]:
     """Return every message that failed, the latest last."""
-    return [Letter(*row[:-1], bool(row[-1])) for row in db.execute(_LETTERS)]
+    return [Letter._make(row)._replace(is_dead=bool(row[-1])) for row in db.execute(_LETTERS)]
 
 
 def fail(db: sqlite3.Connection, letter: Letter) -> Letter:

@@ -243,6 +243,9 @@ class Intake:
     async def _give_up(self, desk: Desk, device: str, update: Update, signed: Signed) -> Receipt:
         """Refuse an update in which the coordinator failed each time, through no fault proven."""
         self.counters["dead"] += 1
+        counted = await self._store.counted(desk.task.name, update.round, device)
+        if counted is not None:
+            return Receipt(update.round, signed.id, "duplicate", "", counted)
         verdict = Verdict("refused", "the coordinator failed on this update and has set it aside")
         took_s = self._release(desk, device, update.round)
         return await self._refused(desk, device, update.round, signed, verdict, took_s=took_s)
@@ -310,11 +313,11 @@ class Intake:
 
     def _release(self, desk: Desk, device: str, number: int) -> float | None:
         """Note that a device is done with its round; return what it took, seconds, if known."""
-        if (errand := desk.release(device, number)) is None:
-            return None
-        took_s = self._now_s() - errand.since_s
-        self.fleet.took(desk.task.name, took_s)
-        desk.changed.set()
+        errand = desk.release(device, number)
+        took_s = desk.took_s(number, errand, self._now_s())
+        if errand is not None and took_s is not None:
+            self.fleet.took(desk.task.name, took_s)
+            desk.changed.set()
         return took_s
 
     def _complain(self, device: str, cause: str, error: Exception) -> None:

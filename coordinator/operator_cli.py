@@ -27,6 +27,13 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     tag.add_argument("device", help="the device's id")
     tag.add_argument("tags", nargs="+", metavar="NAME=VALUE", help="a tag, such as site=north")
+    why = _command(
+        commands, "why", "tell why a device was invited or not, and what became of its updates",
+        _why, example="why d0123456789abcde",
+    )  # fmt: skip
+    why.add_argument("device", help="the device's id")
+    why.add_argument("--task", help="only this task")
+    why.add_argument("--rounds", type=int, default=20, help="how many of the latest (20)")
     release = _command(
         commands, "release", "let a device out of quarantine, its past forgotten", _release,
         example="release d0123456789abcde",
@@ -118,6 +125,14 @@ def _tag(args: argparse.Namespace) -> int:
         print(json.dumps({"device": device, "tags": tags}))
     else:
         print(f"{device} is assigned {_tags({'tags': tags})}; a running coordinator heeds it soon")
+    return 0
+
+
+def _why(args: argparse.Namespace) -> int:
+    from coordinator.why import lines, why
+
+    found = why(store_of(args), args.device, args.task, args.rounds)
+    print(json.dumps(found, indent=2) if args.json else "\n".join(lines(found)))
     return 0
 
 
