@@ -114,7 +114,7 @@ def short(record: dict[str, Any]) -> list[str]:
 
 
 def _board(board: str, image: Path, folder: Path, epoch: float) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"log": []}
     machine = Machine(board, image, folder)
     since = datetime.fromtimestamp(epoch, UTC)
     rounds = 1 if board == "raspi3b" else 3
@@ -141,6 +141,7 @@ class Story:
         self._name = machine.board
         self._patience_s = PATIENCE_S[machine.board]
         self._device = ""
+        self._began = time.monotonic()
 
     def first_receipt(self) -> None:
         """From a fresh card to an update that is counted."""
@@ -148,6 +149,7 @@ class Story:
         began = self._machine.on()
         at, self._device = self._until("hello", lambda: self._hub.seen.hello(self._name))
         self._found["hello_s"] = round(at - began, 1)
+        self._found["hello_cpu_s"] = round(self._machine.cpu_s(), 1)
         self._found["device"] = self._device
         received = self._until("receipt", lambda: self._hub.seen.first("receipt", self._device))
         self._found["first_receipt_s"] = round(received - began, 1)
@@ -158,7 +160,7 @@ class Story:
         }
         left = [name for name in self._machine.boot_files() if "rows" in name or "password" in name]
         says = self._machine.get("fedge-says.txt")
-        self._expect(f"the card is wiped, {left} is left", not left and says.startswith(b"OK"))
+        self._expect(f"the card is wiped, left: {left}", not left and says.startswith(b"OK"))
         self._found["card_says"] = says.decode().strip()
 
     def next_version(self) -> None:
@@ -190,6 +192,7 @@ class Story:
             "receipts_before": done,
             "in_mid_round": counted == done or counted < 3,
         }
+        self._note("power is cut")
         cut_at = time.monotonic()
         began = self._machine.on()
         at, again = self._until("hello", lambda: seen.hello(self._name, cut_at + 1))
@@ -218,6 +221,8 @@ class Story:
             "systemctl --failed --no-legend --plain; df -h /data | tail -1"
         )
         self._found["idle"] = rss.splitlines()
+        journal = self._machine.ask("journalctl -u fedge-device -o cat --no-pager")
+        self._found["journal_after_the_cut"] = journal.splitlines()
         resident = re.search(r"VmRSS:\s+(\d+) kB", rss)
         self._expect("the service is there", resident is not None)
         self._found["rss_mib"] = round(int(resident[1]) / 1024, 1) if resident else None
@@ -244,6 +249,7 @@ class Story:
         until = time.monotonic() + self._patience_s
         while time.monotonic() < until:
             if found := probe():
+                self._note(what)
                 return found
             if not self._machine.is_on:
                 raise Unproven(f"the machine ended before: {what}")
@@ -253,6 +259,12 @@ class Story:
     def _expect(self, what: str, holds: bool) -> None:
         if not holds:
             raise Unproven(f"expected: {what}")
+        self._note(f"holds: {what}")
+
+    def _note(self, what: str) -> None:
+        line = f"{time.monotonic() - self._began:7.1f} s  {what}"
+        print(line, flush=True)
+        self._found["log"].append(line)
 
 
 def _folded(hub: Hub, version: int) -> int:
