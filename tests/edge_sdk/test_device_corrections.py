@@ -14,9 +14,11 @@ from scripted_coordinator import TASK, FakeTraining, Scripted, until, weights_of
 from edge_sdk import codec, params
 from edge_sdk.correction import pack, unpack
 from edge_sdk.device import Device
+from edge_sdk.messages import Invite
 from edge_sdk.store import Residual
 from edge_sdk.transport.memory import MemoryBroker
 from edge_sdk.types import Array, Spec
+from edge_sdk.uploads import _terms
 
 BUNDLE = mlp(proximal=True)
 X, Y = examples(40)
@@ -167,6 +169,15 @@ def test_scaffold_steps_by_the_difference_to_all_devices(scene: Scene) -> None:
     wanted = START - (own - control) / np.float32(mu * lr)
     np.testing.assert_allclose(scene.training.anchors[1], wanted, rtol=1e-5)
     np.testing.assert_allclose(scene.own, own - control + second / 3, rtol=1e-5, atol=1e-6)
+
+
+def test_steps_of_a_bundle_with_momentum_go_further() -> None:
+    bundle = mlp(momentum=True, proximal=True)
+    invite = Invite(1, 0, bytes(32), 60.0, COARSE, 1, *[None] * 4, 1e-4, 7, "scaffold")
+    decay = bundle.manifest["optimizer"][0][1]["decay"]
+    terms = _terms(invite, bundle, 3)
+    assert terms.steps == pytest.approx(3 + 2 * decay + decay**2)
+    assert (terms.mu, terms.lr) == (1e-4, bundle.manifest["lr"])
 
 
 def test_a_control_of_another_model_is_declined_and_the_next_round_taken(scene: Scene) -> None:
