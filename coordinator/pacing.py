@@ -22,7 +22,7 @@ HEARD = 20
 MOST = 3.0
 """Never invite more than this many times the cohort, however few devices complete."""
 
-CHECK_INS_PER_S = 500
+CHECK_INS_PER_S = 1000
 """How many devices are asked to answer a roll call in a second."""
 
 MOST_SPREAD_S = 300.0
@@ -226,7 +226,7 @@ def unmet(pace: Pace, devices: Collection[str] | None) -> str | None:
 def spread_s(devices: int) -> float | None:
     """Return over how many seconds a fleet answers a roll call; None when it may do so at once."""
     seconds = devices / CHECK_INS_PER_S
-    return min(seconds, MOST_SPREAD_S) if seconds >= 1 else None
+    return min(seconds, MOST_SPREAD_S) if seconds > 1 else None
 
 
 def _check(
