@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import zlib
 from typing import Literal
 
 from coordinator.desk import Desk
@@ -24,6 +25,7 @@ class Publisher:
     def __init__(self, link: Link, signer: Signer) -> None:
         self._link = link
         self._signer = signer
+        self._bundles: dict[str, bytes] = {}
         self._controls: dict[str, tuple[bytes, bytes]] = {}
         self.bytes_down = 0
         """Bytes handed to the broker; it multiplies retained ones by its subscribers."""
@@ -36,9 +38,15 @@ class Publisher:
 
     async def bundle(self, desk: Desk) -> None:
         """Retain the bundle's parts."""
+        digest = bytes.fromhex(desk.bundle.digest)
+        await self._parts(desk, chunks.parts("bundle", self._packed(desk), digest, 0))
+
+    def _packed(self, desk: Desk) -> bytes:
+        """Return a bundle as it goes down: its zlib stream, where that is shorter."""
         bundle = desk.bundle
-        digest = bytes.fromhex(bundle.digest)
-        await self._parts(desk, chunks.parts("bundle", bundle.data, digest, 0))
+        if bundle.digest not in self._bundles:
+            self._bundles[bundle.digest] = min(zlib.compress(bundle.data, 9), bundle.data, key=len)
+        return self._bundles[bundle.digest]
 
     async def model(self, desk: Desk, state: Literal["open", "closed"] = "open") -> None:
         """Retain the newest weights and the patch to them, then the offer that names them."""
@@ -57,6 +65,7 @@ class Publisher:
     async def offer(self, desk: Desk, state: Literal["open", "closed"] = "open") -> None:
         """Retain the task's offer."""
         number = desk.current.number if desk.current else desk.next_round
+        packed = len(self._packed(desk))
         offer = Offer(
             task=desk.task.name,
             call=desk.call,
@@ -70,6 +79,7 @@ class Publisher:
             state=state,
             patches=[len(patch.body) for patch in desk.patches],
             spread_s=desk.spread_s,
+            bundle_packed=packed if packed < len(desk.bundle.data) else None,
         )
         await self._send(topics.offer(desk.task.name), offer, retain=True)
 

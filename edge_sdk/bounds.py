@@ -169,6 +169,7 @@ MaybeNatural: TypeAlias = Annotated[int | None, _maybe(_NATURAL)]
 MaybeReal: TypeAlias = Annotated[float | None, _maybe(_REAL)]
 MaybeSeconds: TypeAlias = Annotated[float | None, _maybe(_SECONDS)]
 Slices: TypeAlias = Annotated[list[int], Bound(f"up to {MAX_MISSING} slices", _are_slices)]
+MaybePartSize: TypeAlias = Annotated[int | None, _maybe(_integer(1, MAX_PART_BYTES))]
 MaybeSizes: TypeAlias = Annotated[
     list[int] | None,
     _maybe(Bound(f"up to {MAX_PATCHES} sizes in bytes", _are_sizes)),

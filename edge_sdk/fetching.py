@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import zlib
 from collections.abc import Callable
 
 import numpy as np
@@ -59,6 +60,8 @@ class Fetching:
         self._waiting: dict[str, Parts] = {}
         """What is gathered, by the filter of its topics, in the order in which it is used."""
         self._patches: dict[int, bytes] = {}
+        self._packed: int | None = None
+        """Bytes of the bundle's zlib stream, where that is what comes."""
         self._start, self._shapes = b"", dict[str, tuple[int, ...]]()
         self._asked: tuple[str, ...] = ()
         """What is subscribed to."""
@@ -84,7 +87,7 @@ class Fetching:
             return [BundleRefused(wanted.digest, str(error))]
         self._wanted, self._moved_at, self._saved_at = wanted, now, now
         if not self._follow(wanted, bundle.hex(), offer):
-            self._gather_whole(wanted)
+            self._gather_whole(wanted, offer)
         return self._resumed(held, applied, now)
 
     def part(self, part: Part, now: float) -> list[Event]:
@@ -164,10 +167,14 @@ class Fetching:
             self._waiting[place] = Parts("patch", b"", size, made)
         return True
 
-    def _gather_whole(self, wanted: Fetch) -> None:
-        log.info("fetch what=%s bytes=%d", wanted.what, wanted.size)
+    def _gather_whole(self, wanted: Fetch, offer: Offer | None = None) -> None:
+        self._packed = None
+        if offer is not None and (wanted.what, wanted.digest) == ("bundle", offer.bundle):
+            self._packed = offer.bundle_packed
+        size = self._packed or wanted.size
+        log.info("fetch what=%s bytes=%d", wanted.what, size)
         place = topics.parts_filter(self._task, wanted.what)
-        self._waiting = {place: Parts(wanted.what, wanted.digest, wanted.size)}
+        self._waiting = {place: Parts(wanted.what, wanted.digest, size)}
 
     def _take_whole(self, wanted: Fetch, now: float) -> list[Event]:
         """Fetch the weights: the patches were of no use."""
@@ -319,7 +326,7 @@ class Fetching:
     def _is_here(self, wanted: Fetch, bundle: str) -> bool:
         if wanted.what == "weights":
             return self._local.has_weights(wanted.digest, bundle)
-        self._local.check_known(wanted.digest.hex())
+        self._local.check_offered(wanted.digest.hex(), wanted.size)
         found = self._store.bundle(wanted.digest.hex())
         if found is not None:
             self._local.check(found)
@@ -329,7 +336,7 @@ class Fetching:
         if wanted.what == "weights":
             self._store.put_weights(whole)
             return
-        bundle = Bundle.from_bytes(whole)
+        bundle = Bundle.from_bytes(unpacked(whole, wanted.size) if self._packed else whole)
         if bundle.digest != wanted.digest.hex():
             raise MessageError(f"expected bundle {wanted.digest.hex()[:12]}, got {bundle!r}")
         self._local.check(bundle)
@@ -358,3 +365,20 @@ class Fetching:
         """Delete what is on disk of a download: it has ended, or another one is wanted."""
         self._unsaved = []
         self._partial.clear()
+
+
+def unpacked(stream: bytes, size: int) -> bytes:
+    """Return the `size` bytes that a zlib stream is of; no more are ever unpacked.
+
+    Raises: MessageError when it is of more, of fewer, damaged, or has something behind it.
+    """
+    reader = zlib.decompressobj()
+    try:
+        data = reader.decompress(stream, size + 1)
+    except zlib.error as error:
+        raise MessageError(
+            f"expected a bundle's zlib stream, got a damaged one: {error}"
+        ) from error
+    if len(data) != size or not reader.eof or reader.unused_data:
+        raise MessageError(f"expected a zlib stream of {size} bytes, got another: fetch it again")
+    return data

@@ -296,6 +296,18 @@ class Local:
             self._answers[bundle.digest] = self._judged(bundle)
         self.check_known(bundle.digest)
 
+    def check_offered(self, digest: str, size: int) -> None:
+        """Pass a bundle of `size` bytes that is offered, before a byte of it comes.
+
+        Raises: RefusedError when it is too large, or was refused before.
+        """
+        most = self._limits.max_bundle_bytes
+        if size > most:
+            reason = f"needs {size} bytes of bundle, this device allows max_bundle_bytes={most}"
+            log.warning("bundle refused digest=%s reason=%s", digest[:12], reason)
+            self._answers[digest] = reason
+        self.check_known(digest)
+
     def check_known(self, digest: str) -> None:
         """Raise the RefusedError of a bundle that was refused before, without having it."""
         if reason := self._answers.get(digest):

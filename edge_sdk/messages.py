@@ -28,6 +28,7 @@ from edge_sdk.bounds import (
     MaybeCorrection,
     MaybeHash16,
     MaybeNatural,
+    MaybePartSize,
     MaybeReal,
     MaybeSeconds,
     MaybeSizes,
@@ -97,6 +98,8 @@ class Offer:
     """Sizes of the patches that lead to `version`, the last to `version` itself, bytes."""
     spread_s: MaybeSeconds = None
     """Over how long devices answer a new call, each at its own moment; None is all at once."""
+    bundle_packed: MaybePartSize = None
+    """Bytes of the bundle's parts where they are its zlib stream; None: they are the bundle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,10 +172,10 @@ class Receipt:
     reason: Sentence = ""
     counted: MaybeHash16 = None
     """For a duplicate: the update of this device that was counted."""
-
-
     rest_s: MaybeSeconds = None
     """No round will need the device sooner: until then it need not check in again."""
+
+
 @dataclass(frozen=True, slots=True)
 class Missing:
     """The answer to a probe: which slices of a transfer have not come, the first of them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import zlib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -108,6 +109,20 @@ def test_what_a_patch_loses_is_not_lost(tmp_path: Path) -> None:
                 desk = coordinator._intake.desks["t"]
                 gaps.append(float(np.linalg.norm(target_of(desk.version) - desk.weights())))
             assert max(gaps[4:]) < 3 * max(gaps[:4])
+
+    play(tmp_path, story)
+
+
+def test_the_bundle_goes_down_as_its_zlib_stream(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        devices = world.devices(2)
+        devices[0].transport.subscribe(topics.parts_filter("t", "bundle"))
+        async with world.coordinator((task(), pace(1))):
+            await world.until(lambda: devices[0].offers and ("t", "bundle", 0) in devices[0].parts)
+            offer, part = devices[0].offers["t"], devices[0].parts["t", "bundle", 0]
+            assert offer.bundle_packed == part.size < offer.bundle_size == len(BUNDLE.data)
+            assert part.count == 1
+            assert zlib.decompress(part.body) == BUNDLE.data
 
     play(tmp_path, story)
 

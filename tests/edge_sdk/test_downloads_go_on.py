@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import hashlib
+import tracemalloc
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from scripted_coordinator import TASK, FakeTraining, Scripted, until, weights_of
 
 from edge_sdk import chunks, fetching, topics
 from edge_sdk.device import Device
+from edge_sdk.errors import MessageError
 from edge_sdk.limits import Limits
 from edge_sdk.messages import Part
 from edge_sdk.partial import Partial
@@ -256,3 +259,53 @@ def test_parts_are_small_and_never_more_than_a_broker_queues() -> None:
             assert len(parts) <= 300
         if size <= 2_000_000:
             assert max(len(p.body) for p in parts) <= 8192
+
+
+def test_a_bundle_comes_as_its_zlib_stream_where_the_offer_says_so(scene: Scene) -> None:
+    packed = zlib.compress(BUNDLE.data, 9)
+    assert len(packed) < len(BUNDLE.data)
+    scene.publish()
+    for part in chunks.parts("bundle", packed, bytes.fromhex(BUNDLE.digest), 0, 2000):
+        scene.coordinator.send(part, topics.part(TASK, "bundle", part.index))
+    scene.coordinator.offer(bundle_packed=len(packed))
+    with scene.device(bundle=None) as device:
+        scene.until(lambda: device.version == 1)
+        assert device._local.bundle is not None
+        assert device._local.bundle.digest == BUNDLE.digest
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        zlib.compress(BUNDLE.data)[:-1],
+        zlib.compress(BUNDLE.data) + b"x",
+        zlib.compress(BUNDLE.data + b"x"),
+        zlib.compress(BUNDLE.data[:-1]),
+        bytes(100),
+        b"",
+    ],
+    ids=["cut", "followed", "longer", "shorter", "damaged", "empty"],
+)
+def test_a_stream_that_is_not_of_the_bundles_bytes_is_refused(stream: bytes) -> None:
+    with pytest.raises(MessageError, match="zlib stream"):
+        fetching.unpacked(stream, len(BUNDLE.data))
+    assert fetching.unpacked(zlib.compress(BUNDLE.data), len(BUNDLE.data)) == BUNDLE.data
+
+
+def test_a_bomb_is_unpacked_no_further_than_the_offers_size() -> None:
+    bomb = zlib.compress(bytes(256 << 20), 9)
+    tracemalloc.start()
+    try:
+        with pytest.raises(MessageError, match="of 60000 bytes"):
+            fetching.unpacked(bomb, 60_000)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_bundle_that_says_it_is_too_large_is_refused_before_a_byte_comes(scene: Scene) -> None:
+    scene.publish()
+    with scene.device(bundle=None, limits=Limits(max_bundle_bytes=5000)) as device:
+        scene.until(lambda: device.status()["refused"])
+        assert "max_bundle_bytes=5000" in device.status()["refused"]["reason"]
+        assert scene.came == []

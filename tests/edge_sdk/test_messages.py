@@ -68,6 +68,14 @@ EXAMPLES: list[tuple[Message, DeviceKey, str]] = [
         HUB,
         topics.offer(TASK),
     ),
+    (
+        Offer(
+            *(TASK, 10, 4, 17, b"\1" * 32, b"\2" * 32, 30_000, 180_000, HUB.public, "open"),
+            bundle_packed=17_000,
+        ),
+        HUB,
+        topics.offer(TASK),
+    ),
     (CheckIn(9, ready=True, examples=240), KEY, topics.up(TASK, KEY.id, "checkin")),
     (
         Invite(4, 17, b"\2" * 32, 60.0, _SPEC, 5, None, None, 16, 0.05, None, 2**63 - 1),
@@ -108,17 +116,17 @@ EXAMPLES: list[tuple[Message, DeviceKey, str]] = [
         topics.down(TASK, KEY.id, "receipt"),
     ),
     (
+        Receipt(4, b"\4" * 16, "counted", rest_s=3600.0),
+        HUB,
+        topics.down(TASK, KEY.id, "receipt"),
+    ),
+    (
         Part("weights", b"\2" * 32, 17, 0, 2, 9, b"\x09" * 4),
         HUB,
         topics.part(TASK, "weights", 0),
     ),
     (
         Part("patch", b"\2" * 32, 17, 1, 2, 9, b"\x07" * 5),
-    (
-        Receipt(4, b"\4" * 16, "counted", rest_s=3600.0),
-        HUB,
-        topics.down(TASK, KEY.id, "receipt"),
-    ),
         HUB,
         topics.part(TASK, "patch", 1, 17),
     ),
@@ -191,16 +199,10 @@ def test_an_invite_from_before_there_were_corrections_is_read_as_one_without() -
     assert signed.by(HUB.public)
 
 
-@each
-@given(st.data())
-@settings(max_examples=60)
-def test_one_flipped_bit_never_passes(
-    message: Message, key: DeviceKey, topic: str, data: Any
-) -> None:
-    frame = bytearray(messages.encode(message, key, topic))
 def test_what_came_before_there_were_tags_spreads_and_rests_is_read_without() -> None:
     golden = json.loads(GOLDEN.read_text())
-    for kind, field in (("Status", "tags"), ("Offer", "spread_s"), ("Receipt", "rest_s")):
+    later = [("Status", "tags"), ("Offer", "spread_s"), ("Offer", "bundle_packed")]
+    for kind, field in (*later, ("Receipt", "rest_s")):
         older = next(c for c in golden if c["kind"] == kind and field not in c["fields"])
         message, _ = messages.decode(bytes.fromhex(older["frame"]), older["topic"])
         assert getattr(message, field) is None
@@ -236,6 +238,13 @@ def test_as_many_tags_as_there_may_be_fit_a_frame() -> None:
     assert messages.decode(frame, topics.status(KEY.id))[0] == status
 
 
+@each
+@given(st.data())
+@settings(max_examples=60)
+def test_one_flipped_bit_never_passes(
+    message: Message, key: DeviceKey, topic: str, data: Any
+) -> None:
+    frame = bytearray(messages.encode(message, key, topic))
     frame[data.draw(st.integers(0, len(frame) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     try:
         _, signed = messages.decode(bytes(frame), topic)
