@@ -129,6 +129,8 @@ class Machine:
             words += ["-drive", f"if=none,id=card,format=raw,file={self.card}"]
             words += ["-device", "virtio-blk-pci,drive=card", "-device", "virtio-rng-pci"]
         else:
+            # QEMU takes the board's watchdog for a reset as soon as it is started.
+            cmdline += " module_blacklist=bcm2835_wdt"
             words += ["-dtb", str(self.folder / "bcm2837-rpi-3-b.dtb")]
             words += ["-drive", f"if=sd,format=raw,file={self.card}"]
             words += ["-device", "usb-net,netdev=net"]
