@@ -21,15 +21,19 @@ from edge_sdk.correction import pack, unpack
 from edge_sdk.errors import ConfigError, StoreError
 from edge_sdk.types import Array, Spec
 
-HEAD = struct.Struct("<4sHHQ")  # magic, version, number of slots, n
+HEAD = struct.Struct("<4sHBBQ")  # magic, version, number of slots, kind, n
 MAGIC = b"FDGO"
 
 
 @dataclass(frozen=True, slots=True)
 class Slots:
-    """What an optimizer remembers between rounds: flat float32 vectors, as many as it needs."""
+    """What an optimizer remembers between rounds: flat float32 vectors, as many as it needs.
+
+    `kind` tells apart what has as many but means another thing.
+    """
 
     vectors: tuple[Array, ...] = ()
+    kind: int = 0
 
 
 class Step(Protocol):
@@ -132,9 +136,9 @@ def dynamic(devices: int = 100) -> ServerOptimizer:
         del beside
         (s,) = state.vectors
         s = s + np.float32(min(1.0, updates / devices)) * mean_delta
-        return params + mean_delta + s, Slots((s,))
+        return params + mean_delta + s, Slots((s,), kind=1)
 
-    return _optimizer("dynamic", {"devices": devices}, (0.0,), step)
+    return _optimizer("dynamic", {"devices": devices}, (0.0,), step, kind=1)
 
 
 def controlled(lr: float = 1.0, *, devices: int = 20) -> ServerOptimizer:
@@ -158,9 +162,9 @@ def controlled(lr: float = 1.0, *, devices: int = 20) -> ServerOptimizer:
         if beside is not None:
             told = unpack(pack(u), u.size)
             u = u + np.float32(min(1.0, updates / devices)) * (beside - told)
-        return params + np.float32(lr) * mean_delta, Slots((u,))
+        return params + np.float32(lr) * mean_delta, Slots((u,), kind=2)
 
-    made = _optimizer("controlled", {"lr": lr, "devices": devices}, (0.0,), step)
+    made = _optimizer("controlled", {"lr": lr, "devices": devices}, (0.0,), step, kind=2)
     return made._replace(control=lambda state: pack(state.vectors[0]))
 
 
@@ -235,12 +239,13 @@ def _optimizer(
     settings: dict[str, float],
     starts: tuple[float, ...],
     step: Step,
+    kind: int = 0,
 ) -> ServerOptimizer:
     def init(count: int) -> Slots:
-        return Slots(tuple(np.full(count, start, np.float32) for start in starts))
+        return Slots(tuple(np.full(count, start, np.float32) for start in starts), kind)
 
     def load(data: bytes, count: int) -> Slots:
-        return _load(data, count, len(starts), name)
+        return _load(data, count, (len(starts), kind), name)
 
     return ServerOptimizer([name, settings], init, step, _dump, load)
 
@@ -268,22 +273,23 @@ def _adaptive(
 
 def _dump(state: Slots) -> bytes:
     count = state.vectors[0].size if state.vectors else 0
-    head = HEAD.pack(MAGIC, 1, len(state.vectors), count)
+    head = HEAD.pack(MAGIC, 1, len(state.vectors), state.kind, count)
     return head + b"".join(vector.astype("<f4").tobytes() for vector in state.vectors)
 
 
-def _load(data: bytes, count: int, slots: int, name: str) -> Slots:
+def _load(data: bytes, count: int, form: tuple[int, int], name: str) -> Slots:
+    slots, kind = form
     if len(data) < HEAD.size or data[:4] != MAGIC:
         raise StoreError(f"expected the stored state of {name}, got other bytes")
-    _, version, found, size = HEAD.unpack_from(data)
-    fits = version == 1 and found == slots and (size == count or not slots)
+    _, version, found, its_kind, size = HEAD.unpack_from(data)
+    fits = version == 1 and (found, its_kind) == form and (size == count or not slots)
     if not fits or len(data) != HEAD.size + 4 * slots * size:
         raise StoreError(
             f"expected the state of {name} over {count} numbers, got {found} vectors of {size}: "
             "the strategy or the model changed; start a new task"
         )
     flat = np.frombuffer(data, "<f4", offset=HEAD.size).astype(np.float32)
-    return Slots(tuple(flat.reshape(slots, size)) if slots else ())
+    return Slots(tuple(flat.reshape(slots, size)) if slots else (), kind)
 
 
 def _positive(name: str, key: str, value: float) -> None:

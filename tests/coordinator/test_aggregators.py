@@ -11,6 +11,7 @@ import pytest
 from coordinator import aggregators
 from coordinator.aggregators import Aggregator, Report
 from coordinator.sampling import buckets
+from coordinator.sums import AccumulatorFull
 from edge_sdk.codec import Lattice
 from edge_sdk.errors import ConfigError
 
@@ -44,6 +45,7 @@ def values(order: tuple[int, ...] = (0, 1, 2)) -> np.ndarray:
 ALL = [
     aggregators.weighted_mean(),
     aggregators.plain_mean(),
+    aggregators.stepwise_mean(0.9),
     aggregators.normalized_mean(),
     aggregators.normalized_mean(0.9),
     aggregators.fair_mean(0.7, 0.1),
@@ -87,6 +89,33 @@ def test_the_plain_mean_divides_by_the_number_of_updates_not_by_their_discounts(
     v = values()
     expected = (v[0] + 0.5 * v[1] + v[2]) / 3
     np.testing.assert_allclose(folded(aggregators.plain_mean()), expected, rtol=1e-6)
+
+
+def test_the_stepwise_mean_has_what_a_step_moves_beside_the_mean() -> None:
+    """SCAFFOLD, algorithm 1: the mean of y_i - x, and that of (y_i - x) / K."""
+    made = aggregators.stepwise_mean()
+    state = made.init(3)
+    for i in range(3):
+        state = made.add(state, *facts(i))
+    discounts = np.array([1, 0.5, 1])
+    np.testing.assert_allclose(made.result(state), discounts @ values() / 3, rtol=1e-6)
+    steps = np.array([5, 10, 1])
+    assert made.beside is not None
+    np.testing.assert_allclose(made.beside(state), (discounts / steps) @ values() / 3, rtol=1e-5)
+    assert made.count(state) == 3
+    with pytest.raises(ConfigError, match="stepwise_mean: expected decay from 0 to below 1"):
+        aggregators.stepwise_mean(1.0)
+
+
+def test_an_update_that_does_not_fit_leaves_both_sums_of_the_stepwise_mean_as_they_were() -> None:
+    made = aggregators.stepwise_mean()
+    update, report = facts(0)
+    state = made.add(made.init(3), update, report)
+    before = [state[i].total.copy() for i in (0, 1)]
+    with pytest.raises(AccumulatorFull):
+        made.add(state, update._replace(step=2.0**45), report)
+    for i in (0, 1):
+        np.testing.assert_array_equal(state[i].total, before[i])
 
 
 def test_the_normalized_mean_is_fednovas() -> None:

@@ -7,11 +7,22 @@ import numpy as np
 import pytest
 
 from coordinator import optimizers
-from coordinator.optimizers import ServerOptimizer, adagrad, adam, momentum, sgd, yogi
+from coordinator.optimizers import (
+    ServerOptimizer,
+    adagrad,
+    adam,
+    controlled,
+    dynamic,
+    momentum,
+    sgd,
+    yogi,
+)
 from edge_sdk.errors import ConfigError, StoreError
 
 ALL = [sgd(0.5), momentum(0.7, decay=0.9), adam(0.02), yogi(0.02), adagrad(0.02, b1=0.9)]
 NAMES = [str(o.spec[0]) for o in ALL]
+EVERY = [*ALL, dynamic(7), controlled(0.5, devices=7)]
+EVERY_NAME = [str(o.spec[0]) for o in EVERY]
 
 
 def deltas(rounds: int = 6, count: int = 50) -> list[np.ndarray]:
@@ -54,7 +65,7 @@ def test_sgd_of_one_adds_the_mean_delta() -> None:
     np.testing.assert_array_equal(sgd().step(x, d, sgd().init(4))[0], x + d)
 
 
-@pytest.mark.parametrize("optimizer", ALL, ids=NAMES)
+@pytest.mark.parametrize("optimizer", EVERY, ids=EVERY_NAME)
 def test_what_is_given_is_left_alone(optimizer: ServerOptimizer) -> None:
     x, d, state = np.ones(50, np.float32), deltas()[0], optimizer.init(50)
     before = [v.copy() for v in (x, d, *state.vectors)]
@@ -63,7 +74,7 @@ def test_what_is_given_is_left_alone(optimizer: ServerOptimizer) -> None:
         np.testing.assert_array_equal(was, now)
 
 
-@pytest.mark.parametrize("optimizer", ALL, ids=NAMES)
+@pytest.mark.parametrize("optimizer", EVERY, ids=EVERY_NAME)
 def test_a_restart_changes_no_bit(optimizer: ServerOptimizer) -> None:
     x, state = np.ones(50, np.float32), optimizer.init(50)
     for d in deltas(3):
@@ -74,7 +85,7 @@ def test_a_restart_changes_no_bit(optimizer: ServerOptimizer) -> None:
     assert optimizer.dump(one[1]) == optimizer.dump(two[1])
 
 
-@pytest.mark.parametrize("optimizer", ALL, ids=NAMES)
+@pytest.mark.parametrize("optimizer", EVERY, ids=EVERY_NAME)
 def test_another_state_is_refused(optimizer: ServerOptimizer) -> None:
     other = momentum() if optimizer.spec[0] != "momentum" else adam()
     stored = other.dump(other.init(50))
@@ -88,7 +99,7 @@ def test_a_state_of_another_model_is_refused() -> None:
         adam().load(adam().dump(adam().init(50)), 49)
 
 
-@pytest.mark.parametrize("optimizer", ALL, ids=NAMES)
+@pytest.mark.parametrize("optimizer", EVERY, ids=EVERY_NAME)
 def test_a_spec_makes_the_optimizer_that_spells_it(optimizer: ServerOptimizer) -> None:
     assert optimizers.from_spec(optimizer.spec).spec == optimizer.spec
     assert optimizers.from_spec(str(optimizer.spec[0])).spec[0] == optimizer.spec[0]
