@@ -14,7 +14,7 @@ need_tools() {
     say "installing the build back end"
     rm -rf "$tools"
     "$(find_python)" -m venv "$tools"
-    "$tools/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r "$lock"
+    "$tools/bin/python" -m pip install --quiet --quiet --disable-pip-version-check --require-hashes -r "$lock"
     cp "$lock" "$stamp"
   fi
 }

@@ -3,19 +3,23 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import os
 import shutil
 import subprocess
 import tempfile
+from datetime import UTC, datetime
+from email.utils import format_datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from pack import vendor
+from pack import sbom, vendor
 from pack.locks import Lock, all_locks
 from pack.source import Source
 
-LEVEL = 6
+SMALL, SOON = ("xz", 6), ("gzip", 1)
+"""How to compress: for whoever downloads it, for whoever waits for it."""
 MAINTAINER = "The fedge authors <fedge@localhost>"
 HOMEPAGE = "https://pypi.org/project/fedge/"
 SUITES = {"bookworm": ("3.11", "deb12"), "trixie": ("3.13", "deb13")}
@@ -99,7 +103,15 @@ def targets() -> list[Target]:
     return [*devices, Target(COORDINATOR, "all", "trixie")]
 
 
-def build(target: Target, source: Source, wheel: Path, out: Path, version: str = "") -> Path:
+def build(
+    target: Target,
+    source: Source,
+    wheel: Path,
+    out: Path,
+    *,
+    version: str = "",
+    squeeze: tuple[str, int] = SMALL,
+) -> Path:
     """Build one package from `wheel`; return its file."""
     version = version or source.version
     out.mkdir(parents=True, exist_ok=True)
@@ -107,10 +119,17 @@ def build(target: Target, source: Source, wheel: Path, out: Path, version: str =
     with tempfile.TemporaryDirectory(prefix="fedge-deb-") as name:
         work = Path(name)
         tree = _tree(target, source, wheel, work)
+        _documents(target, source, tree, version)
         _control(target, source, tree, version)
         _dated(tree, source.epoch)
         # One thread: with more, the compressor cuts its blocks by how many there are.
-        words = ["dpkg-deb", "--root-owner-group", "--threads-max=1", "-Zxz", f"-z{LEVEL}"]
+        words = [
+            "dpkg-deb",
+            "--root-owner-group",
+            "--threads-max=1",
+            f"-Z{squeeze[0]}",
+            f"-z{squeeze[1]}",
+        ]
         stamp = {**os.environ, "SOURCE_DATE_EPOCH": str(source.epoch), "LC_ALL": "C.UTF-8"}
         subprocess.run(
             [*words, "--build", tree, made], env=stamp, check=True, stdout=subprocess.DEVNULL
@@ -139,18 +158,32 @@ def _tree(target: Target, source: Source, wheel: Path, work: Path) -> Path:
     _copy(
         ours / "deb" / recipe.name / f"{recipe.home}.toml", tree / f"etc/fedge/{recipe.home}.toml"
     )
-    _documents(target, source, tree / "usr/share/doc" / recipe.name)
     return tree
 
 
-def _documents(target: Target, source: Source, doc: Path) -> None:
-    ours = source.folder / "packaging" / "deb"
-    for document in ("copyright", "README.Debian"):
-        found = [ours / target.recipe.name / document, ours / document]
-        for file in found:
-            if file.exists():
-                _copy(file, doc / document)
-                break
+def _documents(target: Target, source: Source, tree: Path, version: str) -> None:
+    """Write what policy asks for: licence, changes, manual, and the bill of materials."""
+    recipe, ours = target.recipe, source.folder / "packaging" / "deb" / target.recipe.name
+    doc = tree / "usr/share/doc" / recipe.name
+    for name in ("copyright", "README.Debian"):
+        _copy(ours / name, doc / name)
+    _copy(ours / "lintian-overrides", tree / "usr/share/lintian/overrides" / recipe.name)
+    manual = f"{recipe.name}.8"
+    _squeezed(tree / "usr/share/man/man8" / f"{manual}.gz", (ours / manual).read_text())
+    dated = format_datetime(datetime.fromtimestamp(source.epoch, UTC))
+    change = f"{recipe.name} ({target.version(version)}) {target.suite}; urgency=medium\n\n"
+    change += f"  * fedge {source.version}: see CHANGELOG.md beside this file.\n\n"
+    _squeezed(doc / "changelog.gz", f"{change} -- {MAINTAINER}  {dated}\n")
+    _squeezed(doc / "CHANGELOG.md.gz", (source.folder / "CHANGELOG.md").read_text())
+    carried = vendor.carried(target.lock) if target.lock else []
+    bill = sbom.bill(recipe.name, target.version(version), carried, source.epoch, "deb")
+    _write(doc / "sbom.cdx.json", bill)
+
+
+def _squeezed(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
+    file.chmod(0o644)
 
 
 def _control(target: Target, source: Source, tree: Path, version: str) -> None:

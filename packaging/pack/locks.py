@@ -7,12 +7,14 @@
 
 from __future__ import annotations
 
+import email
 import hashlib
 import re
 import subprocess
 import sys
 import tempfile
 import tomllib
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -46,11 +48,13 @@ class Lock(NamedTuple):
 
 
 class Locked(NamedTuple):
-    """One line of a lock."""
+    """One file of a lock."""
 
     name: str
     version: str
     sha256: str
+    licence: str
+    """As its maker states it: an SPDX expression, or words."""
 
 
 def all_locks() -> list[Lock]:
@@ -58,7 +62,7 @@ def all_locks() -> list[Lock]:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     device = tuple(project["dependencies"])
-    coordinator = (*device, *extras["coordinator"], *extras["compiler"])
+    coordinator = (*device, *extras["coordinator"], *extras["compiler"], ENGINE)
     locks = [
         Lock(f"{what}-{machine}-py{python.replace('.', '')}", machine, python, asked)
         for what, asked in (("device", (*device, ENGINE)), ("coordinator", coordinator))
@@ -73,8 +77,9 @@ def all_locks() -> list[Lock]:
 def read(name: str) -> list[Locked]:
     """Return the lines of the lock `name`."""
     text = (FOLDER / f"{name}.txt").read_text().replace("\\\n", " ")
-    found = re.findall(r"^([\w.-]+)==(\S+)\s+--hash=sha256:([0-9a-f]{64})$", text, re.MULTILINE)
-    return [Locked(*line) for line in found]
+    line = r"^# (.*)\n([\w.-]+)==(\S+)\s+--hash=sha256:([0-9a-f]{64})$"
+    found = re.findall(line, text, re.MULTILINE)
+    return [Locked(name, version, digest, licence) for licence, name, version, digest in found]
 
 
 def platform_options(machine: str, python: str) -> list[str]:
@@ -97,7 +102,18 @@ def resolve(lock: Lock) -> list[Locked]:
 def _locked(wheel: Path) -> Locked:
     name, version, _ = wheel.name.split("-", 2)
     plain = re.sub(r"[-_.]+", "-", name).lower()
-    return Locked(plain, version, hashlib.sha256(wheel.read_bytes()).hexdigest())
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    return Locked(plain, version, digest, _licence(wheel))
+
+
+def _licence(wheel: Path) -> str:
+    with zipfile.ZipFile(wheel) as archive:
+        file = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        metadata = email.message_from_bytes(archive.read(file))
+    stated = [metadata.get("License-Expression"), metadata.get("License")]
+    classified = [c for c in metadata.get_all("Classifier", []) if c.startswith("License ::")]
+    stated += [c.rpartition(" :: ")[2] for c in classified]
+    return next((s for s in stated if s and "\n" not in s and len(s) < 60), "not stated")
 
 
 def text(lock: Lock, lines: Iterable[Locked]) -> str:
@@ -105,7 +121,11 @@ def text(lock: Lock, lines: Iterable[Locked]) -> str:
     asked = ", ".join(lock.asked)
     head = f"# For Debian's {lock.machine} with Python {lock.python}: {asked}.\n"
     made = "# Made by packaging/lock; do not edit.\n"
-    return head + made + "".join(f"{n}=={v} \\\n    --hash=sha256:{h}\n" for n, v, h in lines)
+    return (
+        head
+        + made
+        + "".join(f"# {li}\n{n}=={v} \\\n    --hash=sha256:{h}\n" for n, v, h, li in lines)
+    )
 
 
 def main() -> int:

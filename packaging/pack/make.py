@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from pack import deb, source, wheel
+from pack import deb, locks, sbom, source, wheel
 
 
 def main() -> int:
@@ -26,11 +26,22 @@ def main() -> int:
         into = args.out if args.what == "wheel" else Path(folder)
         made = wheel.build(tree, into)
         if args.what == "wheel":
-            print(made.wheel, made.sdist, sep="\n")
+            print(made.wheel, made.sdist, *_bills(tree, args.out), sep="\n")
             return 0
         for target in wanted:
-            print(deb.build(target, tree, made.wheel, args.out, args.version), flush=True)
+            print(deb.build(target, tree, made.wheel, args.out, version=args.version), flush=True)
     return 0
+
+
+def _bills(tree: source.Source, out: Path) -> list[Path]:
+    """Write what the wheel is locked with, one bill for each platform."""
+    made = []
+    for lock in locks.all_locks():
+        if lock.name != "tools":
+            made.append(out / f"fedge-{tree.version}.{lock.name}.cdx.json")
+            lines = locks.read(lock.name)
+            made[-1].write_text(sbom.bill("fedge", tree.version, lines, tree.epoch))
+    return made
 
 
 def _wanted(parser: argparse.ArgumentParser, names: list[str]) -> list[deb.Target]:

@@ -18,6 +18,7 @@ NOT_NEEDED = ("cffi", "flatbuffers", "google", "packaging", "protobuf", "pycpars
 STRIPPED = (
     "*.a", "*.h", "*.lib", "*.pxd", "*.pyi", "*.pyx", "*.md",
     "numpy/f2py", "numpy/_pyinstaller", "numpy/**/tests", "numpy/random/_examples",
+    "numpy/testing", "numpy/_core/_*_tests.*.so", "numpy/_core/_simd.*.so",
     "onnxruntime/backend", "onnxruntime/datasets", "onnxruntime/quantization", "onnxruntime/tools",
     "onnxruntime/transformers",
     "*.dist-info/RECORD", "*.dist-info/INSTALLER", "*.dist-info/sboms",

@@ -22,13 +22,15 @@ class Distributions(NamedTuple):
 def build(source: Source, out: Path) -> Distributions:
     """Build both with the pinned back end that runs this, dated by the commit."""
     out.mkdir(parents=True, exist_ok=True)
-    subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-d", out.resolve()],
         cwd=source.folder,
         env={**os.environ, "SOURCE_DATE_EPOCH": str(source.epoch)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        check=True,
+        capture_output=True,
+        text=True,
+        check=False,
     )
+    if done.returncode:
+        raise SystemExit(f"the wheel was not built: {done.stderr.strip()}")
     stem = f"fedge-{source.version}"
     return Distributions(out / f"{stem}-py3-none-any.whl", out / f"{stem}.tar.gz")
