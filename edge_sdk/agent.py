@@ -13,32 +13,30 @@ import logging
 import queue
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from edge_sdk import events as ev
-from edge_sdk import footprint, messages, topics
-from edge_sdk.bounds import Tag
-from edge_sdk.conditions import Condition, Surroundings, always
+from edge_sdk import footprint, messages, opening, topics
 from edge_sdk.errand import Errand, Errands
 from edge_sdk.errors import FedgeError, MessageError, RefusedError, StoreError
 from edge_sdk.failpoints import Failpoints
 from edge_sdk.fetching import Fetching
 from edge_sdk.journal import Journal
-from edge_sdk.limits import Limits
 from edge_sdk.local import Local
 from edge_sdk.messages import Invite, Missing, Offer, Part, Receipt
-from edge_sdk.meter import Meter, within
+from edge_sdk.meter import Meter
 from edge_sdk.model import Model
 from edge_sdk.outbox import Outbox
-from edge_sdk.session import Retry, Session, Unreceipted, next_due, step
+from edge_sdk.readiness import Readiness
+from edge_sdk.session import next_due, step
+from edge_sdk.settings import Settings, hello
 from edge_sdk.signing import Identity
 from edge_sdk.stint import Stint
 from edge_sdk.store import Store
-from edge_sdk.training import CHECKPOINT_S, LocalTraining
+from edge_sdk.training import LocalTraining
 from edge_sdk.transport import Transport
 from edge_sdk.trust import Trust
 from edge_sdk.types import Clock
@@ -51,27 +49,6 @@ STATUS_EVERY_S = 30.0
 STOP_PATIENCE_S = 3.0
 MAX_QUEUED_BYTES = 32 * 2**20
 LOG_BAD_EVERY_S = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What an agent is told once."""
-
-    task: str
-    name: str
-    sdk: str
-    boot: int
-    conditions: Condition = always
-    min_examples: int = 1
-    threads: int = 1
-    engine: str = "auto"
-    root: Path = Path("/")
-    checkpoint_s: float = CHECKPOINT_S
-    limits: Limits = Limits()  # noqa: RUF009 - frozen, as the value is
-    tags: Mapping[str, Tag] = field(default_factory=dict)
-    """What the device says of itself."""
-    pinned: bytes | None = None
-    """The one coordinator key to trust; without it, the first one seen."""
 
 
 @dataclass(slots=True)
@@ -119,6 +96,7 @@ class Agent:
             publish=transport.publish,
             failpoints=failpoints,
             max_packet=lambda: getattr(transport, "max_packet", messages.MAX_FRAME),
+            is_sending=getattr(transport, "is_sending", lambda _topic: False),
         )
         self._trust = Trust(store, settings.pinned)
         self._queue: queue.SimpleQueue[Thunk | None] = queue.SimpleQueue()
@@ -127,8 +105,8 @@ class Agent:
         self._meter = Meter(usage, settings.limits, clock, settings.root, store.disk)
         where, counters = store.folder / "why", transport.counters
         self._journal = Journal(where, clock, counters, settings.boot, store.disk)
-        self._may_train = settings.conditions & within(settings.limits)
-        self._fetching = Fetching(settings.task, store, local, transport, self._may_take)
+        self._readiness = Readiness(settings, self._meter, local, counters)
+        self._fetching = Fetching(settings.task, store, local, transport, self._readiness.may_take)
         self._stint = Stint(
             store=store,
             local=local,
@@ -145,12 +123,12 @@ class Agent:
             root=settings.root,
             checkpoint_s=settings.checkpoint_s,
         )
-        self._session = self._first_session()
+        now = clock.monotonic()
+        self._session = opening.first(settings, key.id, now, local, outbox, self._stint)
         self._offer: Offer | None = None
         self._is_leaving = False
         self._conditions_at = self._status_at = self._bad_logged_at = float("-inf")
         self._journal_at = clock.monotonic()
-        self._lapsed: tuple[str, ...] = ()
         self._written: dict[str, Any] = {}
         local.when_decided = lambda: self._queue.put(list)  # a turn looks at the trial
         self._thread = threading.Thread(target=self._run, name=f"fedge-agent-{key.id}", daemon=True)
@@ -184,7 +162,7 @@ class Agent:
         self._stint.cancel()  # what had begun meanwhile
         self._stint.join(STOP_PATIENCE_S)
         self._fetching.close()
-        self._count()
+        self._readiness.count()
         self._meter.close()
         self._journal.flush()
         self._written = {}
@@ -234,7 +212,7 @@ class Agent:
             "examples": self._local.examples,
             "error_threshold": self._local.threshold,
             "ready": session.is_ready,
-            "conditions_lapsed": list(self._lapsed),
+            "conditions_lapsed": list(self._readiness.lapsed),
             "today": self._meter.status(),
             "rounds": self.tally.rounds,
             "receipts": dict(self.tally.receipts),
@@ -349,7 +327,7 @@ class Agent:
             case Offer():
                 self._offer = message
                 self._fetching.offered(self._clock.monotonic())
-                return [_offered(message)]
+                return [opening.offered(message)]
             case Invite():
                 return self._invited(message, arrived_at)
             case Receipt():
@@ -364,8 +342,7 @@ class Agent:
     def _invited(self, invite: Invite, arrived_at: float) -> list[ev.Event]:
         self._failpoints.reach("invited")
         self._stint.invited(invite)
-        self._count()
-        self._meter.round_began()
+        self._readiness.round_began()
         left_s = invite.deadline_s - (self._clock.monotonic() - arrived_at)
         event = ev.Invited(invite.round, invite.version, invite.model, max(0.0, left_s))
         return [*self._conditions(), event]
@@ -380,8 +357,7 @@ class Agent:
             "outcome": receipt.outcome,
             "reason": receipt.reason,
         }
-        self._count()
-        self._meter.round_ended()
+        self._readiness.round_ended()
         self._failpoints.reach("on_receipt")
         rest_s = receipt.rest_s or 0.0
         said = receipt.outcome, receipt.counted, rest_s, receipt.reason
@@ -389,34 +365,7 @@ class Agent:
 
     def _conditions(self) -> list[ev.Event]:
         self._conditions_at = self._clock.monotonic()
-        examples = self._local.examples
-        busy = self._settings.threads if self._stint.in_use else 0
-        around = Surroundings(self._settings.root, examples, busy)
-        try:
-            lapsed = self._may_train.lapsed(around)
-        except Exception:  # a condition is the app's code: its failure must not end ours
-            log.exception("a condition failed, taken as not holding")
-            lapsed = ("failed",)
-        self._count()
-        lapsed += self._meter.lapsed(self._update_bytes())
-        if not self._stint.in_use and self._store.quota.left < self._local.round_bytes:
-            lapsed += ("disk",)  # the model answers all the same
-        if lapsed != self._lapsed:
-            log.info("conditions lapsed=%s", ",".join(lapsed) or "none")
-        self._lapsed = lapsed
-        return [ev.ConditionsChanged(not lapsed, examples, lapsed)]
-
-    def _count(self) -> None:
-        counters = self._transport.counters
-        self._meter.count(counters.bytes_up + counters.bytes_down)
-
-    def _may_take(self, size: int) -> bool:
-        self._count()
-        return size <= self._meter.left_bytes
-
-    def _update_bytes(self) -> float:
-        bundle = self._local.bundle
-        return float(bundle.manifest["cost"].get("bytes_update", 0)) if bundle else 0.0
+        return [self._readiness.look(is_training=bool(self._stint.in_use))]
 
     # --- what to do ---------------------------------------------------------------------------
     def _do(self, action: ev.Action) -> list[ev.Event]:
@@ -431,7 +380,7 @@ class Agent:
             case ev.Train() | ev.StopTraining() | ev.Submit() | ev.Abandon():
                 return self._do_round(action)
             case ev.Resend(update):
-                if self._may_take(1):
+                if self._readiness.may_take(1):
                     self._uploads.resend(update)
             case ev.Drop(update, accepted):
                 return self._drop(update, accepted=accepted)
@@ -506,29 +455,6 @@ class Agent:
         return []
 
     # --- the rest -----------------------------------------------------------------------------
-    def _first_session(self) -> Session:
-        model, refused = self._local.model, self._local.refused
-        ready = None
-        if model is not None:
-            parts = bytes.fromhex(model.bundle), bytes.fromhex(model.weights)
-            ready = ev.ModelReady(*parts, model.version)
-        unreceipted = tuple(Unreceipted(w.update, w.round) for w in self._outbox)
-        resumed = self._stint.resumed(u.round for u in unreceipted)
-        return Session(
-            device=self._key.id,
-            min_examples=self._settings.min_examples,
-            now=self._clock.monotonic(),
-            bundle=ready.bundle if ready else b"",
-            weights=ready.model if ready else b"",
-            model=ready,
-            refused=tuple(bytes.fromhex(r.model.weights) for r in self._local.slots.refused),
-            refused_bundle=bytes.fromhex(refused["bundle"]) if refused else b"",
-            unreceipted=unreceipted,
-            round=resumed,
-            declined=self._stint.has_let_go,
-            train_retry=Retry() if resumed else self._stint.retry,
-        )
-
     def _bad(self, reason: str) -> None:
         self.tally.bad_frames += 1
         now = self._clock.monotonic()
@@ -548,33 +474,5 @@ class Agent:
             log.warning("status not written reason=%s", error)
 
 
-def hello(key: Identity, settings: Settings, *, online: bool) -> bytes:
-    """Return a device's signed status message."""
-    status = messages.Status(
-        device=key.id,
-        key=key.public,
-        online=online,
-        boot=settings.boot,
-        name=settings.name or key.id,
-        sdk=settings.sdk,
-        tags=dict(settings.tags) or None,
-    )
-    return messages.encode(status, key, topics.status(key.id))
-
-
 def _but_memory(status: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in status.items() if key != "rss_peak_kib"}
-
-
-def _offered(offer: Offer) -> ev.Offered:
-    return ev.Offered(
-        call=offer.call,
-        round=offer.round,
-        version=offer.version,
-        bundle=offer.bundle,
-        model=offer.model,
-        bundle_size=offer.bundle_size,
-        model_size=offer.model_size,
-        is_open=offer.state == "open",
-        spread_s=offer.spread_s or 0.0,
-    )

@@ -48,9 +48,13 @@ class Uploads:
         publish: Publish,
         failpoints: Failpoints,
         max_packet: Callable[[], int],
+        is_sending: Callable[[str], bool] = lambda _topic: False,
     ) -> None:
         self._task, self._key, self._store, self._outbox = task, key, store, outbox
         self._publish, self._failpoints, self._max_packet = publish, failpoints, max_packet
+        self._is_sending = is_sending
+        self._cuts: dict[bytes, int] = {}
+        """The packets that an update was cut for: what has arrived is of use while it stays so."""
         self._asked: set[bytes] = set()
         """Updates whose missing chunks were asked for at the latest attempt."""
         self._disown()
@@ -98,10 +102,12 @@ class Uploads:
         """Send an update from the outbox again; one that is no longer there is let go.
 
         Of one in chunks, the first asks which others are missing; every second time all are sent,
-        for a coordinator that does not answer.
+        for a coordinator that does not answer. What is still on its way is left to arrive.
         """
         if (entry := self._outbox.entry(update)) is None:
             return
+        if any(self._is_sending(self._topic(kind)) for kind in ("update", "chunk")):
+            return  # a slow link still carries it
         log.info("update sent again round=%d", entry.round)
         cut = self._cut(entry.frame)
         asked = update in self._asked
@@ -138,6 +144,7 @@ class Uploads:
             if known is None or after.order > known.order:
                 self._store.set_residual(after)
         self._outbox.remove(update)
+        self._cuts.pop(update, None)
 
     def anchor(self, invite: Invite, weights: str, bundle: Bundle) -> Path | None:
         """Write what a round's training is pulled to: the weights, moved by its correction.
@@ -210,7 +217,8 @@ class Uploads:
 
     def _cut(self, frame: bytes) -> list[Chunk]:
         """Return the chunks that a frame goes in; a single one where it fits a packet whole."""
-        limit = self._max_packet()
+        limit, update = self._max_packet(), messages.Signed(frame, self._topic("update")).id
+        limit = self._cuts[update] = min(limit, self._cuts.get(update, limit))
         return chunks.split(frame, limit if len(frame) > limit else messages.MAX_TRANSFER)
 
     def _packet(self, chunk: Chunk) -> tuple[str, bytes]:

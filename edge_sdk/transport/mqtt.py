@@ -14,7 +14,7 @@ import selectors
 import socket
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -85,6 +85,7 @@ class Mqtt:
         self._retained: dict[str, bytes] = {}  # not acknowledged yet, the latest of each topic
         self._queue: deque[tuple[str, bytes, bool]] = deque()
         self._queued_bytes = 0
+        self._open: Counter[str] = Counter()  # topics of what is queued or under way
         self._wishes: deque[tuple[bool, list[str]]] = deque()  # (subscribe?, filters)
         self._under_way: dict[int, _Sent] = {}
         self._lock = threading.Lock()
@@ -134,7 +135,13 @@ class Mqtt:
                 return
             self._queue.append((topic, payload, retain))
             self._queued_bytes += len(payload)
+            self._open[topic] += 1
         self._ring()
+
+    def is_sending(self, topic: str) -> bool:
+        """Whether a message on `topic` waits here, or for the broker's acknowledgement."""
+        with self._lock:
+            return topic in self._open
 
     def subscribe(self, *filters: str) -> None:
         """Add topic filters, now and at every reconnect."""
@@ -274,6 +281,7 @@ class Mqtt:
             self._wishes = deque([(True, list(self._filters)), (False, gone)])
             again = [(topic, payload, True) for topic, payload in self._retained.items()]
             self._queue.extendleft(reversed(again))
+            self._open.update(topic for topic, _, _ in again)
             self._queued_bytes += sum(len(payload) for _, payload, _ in again)
         self._is_told_up = True
         _guarded(self._on_state, self._is_told_up)
@@ -287,6 +295,7 @@ class Mqtt:
             self._queue.clear()
             self._queued_bytes = 0
             self._under_way.clear()
+            self._open.clear()
         self.error = error
         wait_s = self._redial.failed(error, now)
         level = logging.WARNING if self._redial.is_news else logging.DEBUG
@@ -310,6 +319,7 @@ class Mqtt:
             return
         self._size.acked(len(sent.payload), time.monotonic() - sent.at)
         with self._lock:
+            self._open -= Counter((sent.topic,))  # keeps no zeros
             if sent.retain and self._retained.get(sent.topic) is sent.payload:
                 del self._retained[sent.topic]
 

@@ -2,12 +2,12 @@
 """How large a packet a link carries well, learned from what became of the last ones. Pure.
 
 One PUBLISH that takes longer than the keepalive is never finished: the broker hangs up in the
-middle of it, and it starts again from its first byte, for ever. So a connection that ends while a
-packet was long under way quarters the size, and a packet that is soon acknowledged doubles it.
+middle of it, and it starts again from its first byte, for ever. So the first packets are small, one
+that is soon acknowledged doubles the size, and a connection that ends while a packet was long under
+way quarters it.
 """
 
-from __future__ import annotations
-
+FIRST = 8192
 LEAST = 2048
 
 
@@ -15,7 +15,7 @@ class PacketSize:
     """The largest payload to publish now: `limit`, of `LEAST` to `most` bytes."""
 
     def __init__(self, most: int, keepalive_s: float) -> None:
-        self.most, self.limit, self._keepalive_s = most, most, keepalive_s
+        self.most, self.limit, self._keepalive_s = most, min(most, FIRST), keepalive_s
 
     def allow(self, most: int) -> None:
         """Take note of what the broker allows."""

@@ -19,7 +19,7 @@ from edge_sdk.transport.mqtt import Mqtt
 
 pytestmark = [pytest.mark.broker, pytest.mark.slow]
 KEY = DeviceKey.from_seed(bytes(32))
-BYTES_PER_S = 30_000
+BYTES_PER_S = 4_000
 STEP_S = 0.02
 
 
@@ -86,7 +86,7 @@ def test_an_update_gets_through_in_smaller_chunks(
     coordinator.start(gather, lambda _is_up: None)
 
     update_topic, topic = (topics.up("pump", KEY.id, kind) for kind in ("update", "chunk"))
-    update = Update(1, 2, 3, 4, 0.5, 1.0, bytes(range(256)) * 480)
+    update = Update(1, 2, 3, 4, 0.5, 1.0, bytes(range(256)) * 120)
     frame = messages.encode(update, KEY, update_topic)
     device = Mqtt(f"mqtt://127.0.0.1:{uplink.port}", KEY.id, keepalive_s=1, backoff_s=(0.1, 0.2))
 

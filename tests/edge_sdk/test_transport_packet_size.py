@@ -1,9 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-from edge_sdk.transport.packet_size import LEAST, PacketSize
+from edge_sdk.transport.packet_size import FIRST, LEAST, PacketSize
+
+
+def grown(to: int = 120_000) -> PacketSize:
+    size = PacketSize(to, 30.0)
+    while size.limit < to:
+        size.acked(size.limit - 200, 0.01)
+    return size
+
+
+def test_the_first_packets_are_small_enough_for_a_slow_link() -> None:
+    assert PacketSize(120_000, 10.0).limit == FIRST  # 3 s at 20 kbit/s
+    assert PacketSize(4_000, 10.0).limit == 4_000
 
 
 def test_a_packet_that_outlasts_the_keepalive_quarters_the_size() -> None:
-    size = PacketSize(120_000, 30.0)
+    size = grown()
     size.lost(40.0)
     assert size.limit == 30_000
     for _ in range(9):
@@ -12,7 +24,7 @@ def test_a_packet_that_outlasts_the_keepalive_quarters_the_size() -> None:
 
 
 def test_a_connection_that_ends_for_other_reasons_changes_nothing() -> None:
-    size = PacketSize(120_000, 30.0)
+    size = grown()
     size.lost(1.0)
     assert size.limit == 120_000
 
@@ -30,7 +42,7 @@ def test_quick_acknowledgements_of_full_packets_double_it_up_to_the_most() -> No
 
 
 def test_the_broker_has_the_last_word() -> None:
-    size = PacketSize(120_000, 30.0)
+    size = grown()
     size.allow(60_000)
     assert size.limit == 60_000
     size.allow(10)
