@@ -123,8 +123,14 @@ class Agent:
             root=settings.root,
             checkpoint_s=settings.checkpoint_s,
         )
-        now = clock.monotonic()
-        self._session = opening.first(settings, key.id, now, local, outbox, self._stint)
+        self._session = opening.first(
+            settings,
+            key.id,
+            now=clock.monotonic(),
+            local=local,
+            outbox=outbox,
+            stint=self._stint,
+        )
         self._offer: Offer | None = None
         self._is_leaving = False
         self._conditions_at = self._status_at = self._bad_logged_at = float("-inf")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import ArrayLike, NDArray
 
 from edge_sdk import __version__, topics
-from edge_sdk.agent import Agent, Settings, hello
+from edge_sdk.agent import Agent
 from edge_sdk.bounds import MAX_TAGS, Tag, are_tags
 from edge_sdk.bundle import Bundle
 from edge_sdk.conditions import ConditionLike, always, condition
@@ -24,6 +24,7 @@ from edge_sdk.local import Local
 from edge_sdk.model import Model
 from edge_sdk.model_file import ModelFile
 from edge_sdk.outbox import DEFAULT_CAP_BYTES, Outbox
+from edge_sdk.settings import Settings, hello
 from edge_sdk.store import Store, default_state
 from edge_sdk.training import CHECKPOINT_S, ChildTrainer, LocalTraining
 from edge_sdk.transport import Transport

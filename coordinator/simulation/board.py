@@ -20,13 +20,14 @@ from coordinator.simulation.network import Network
 from coordinator.simulation.process import Killed, Process
 from coordinator.simulation.watch import Kept, Watch
 from edge_sdk import files, topics
-from edge_sdk.agent import Agent, Settings, hello
+from edge_sdk.agent import Agent
 from edge_sdk.conditions import condition
 from edge_sdk.errand import Ended
 from edge_sdk.errors import StoreError
 from edge_sdk.failpoints import Failpoints
 from edge_sdk.local import Local
 from edge_sdk.outbox import Entry, Outbox
+from edge_sdk.settings import Settings, hello
 from edge_sdk.signing import Identity
 from edge_sdk.store import Residual, Store
 from edge_sdk.training import LocalTraining, TrainFailed, TrainJob, TrainResult

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from edge_sdk import device_config, messages, topics
-from edge_sdk.agent import Settings, hello
 from edge_sdk.device import Device
 from edge_sdk.errors import ConfigError
 from edge_sdk.messages import Status
+from edge_sdk.settings import Settings, hello
 from edge_sdk.signing import DeviceKey
 
 BROKER = {"broker": "mqtt://localhost", "task": "t"}
