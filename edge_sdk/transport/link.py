@@ -38,6 +38,10 @@ _REASONS = {
     151: "a quota is used up",
     159: "it allows no more connections at this rate",
 }
+_OUT_OF_TIME = {  # by OpenSSL's codes, X509_V_ERR_CERT_NOT_YET_VALID and _HAS_EXPIRED
+    9: "is not yet valid by this machine's clock: set the clock, or let NTP do it",
+    10: "has expired by this machine's clock: renew it, or set the clock",
+}
 try:
     from paho.mqtt import enums as _enums
 except ImportError:  # paho 1.6, as in Debian 12
@@ -269,6 +273,8 @@ def _refusal(number: int, endpoint: Endpoint) -> LinkError:
 
 def _explained(error: Exception, endpoint: Endpoint) -> LinkError:
     if isinstance(error, ssl.SSLCertVerificationError):
+        if (when := _OUT_OF_TIME.get(error.verify_code)) is not None:
+            return LinkError(f"the certificate of {endpoint} {when}", "tls")
         why = error.verify_message or error.reason
         return LinkError(
             f"the certificate of {endpoint} is not to be trusted ({why}):"
