@@ -300,3 +300,8 @@ def test_a_package_or_an_engine_that_is_not_there_is_red_with_code_6(
     assert (found.state, found.code, found.do) == ("fail", 6, "pip install fedge")
     monkeypatch.setattr("edge_sdk.engine.installed", dict)
     assert "pip install" in bench.look("engine").do
+
+
+def test_the_page_names_every_check() -> None:
+    page = (Path(__file__).parents[2] / "docs/how-to/look-after-a-device.md").read_text()
+    assert [name for name in doctor._CHECKS if f"`{name}`" not in page] == []
