@@ -29,6 +29,7 @@ from coordinator.rounds import (
     Joined,
     Left,
     Reported,
+    Returned,
     Round,
     Standing,
     standing,
@@ -126,6 +127,8 @@ class Desk:
     """Those that lead to `version`, oldest first, as far back as they are worth taking."""
     conducts: dict[str, Conduct] = field(default_factory=dict)
     """What is held against devices."""
+    spent: set[str] = field(default_factory=set)
+    """Devices whose update for the open round was refused: they are not invited to it again."""
     held_since: dict[str, float] = field(default_factory=dict)
     """When this coordinator first knew each to be in quarantine, seconds."""
     spread_s: float | None = None
@@ -173,6 +176,7 @@ class Desk:
         """Take in a round that the store has begun."""
         self._note(r, now_s, r.cohort)
         self.rounds[r.number] = self.current = opened
+        self.spent = set()
         if r.state == "open" and not opened.is_open_ended:
             self._opened_s[r.number] = now_s
         for old in sorted(self.rounds)[: -self.recent]:
@@ -220,12 +224,15 @@ class Desk:
         """Let something happen to the open round, if there is one."""
         if isinstance(event, Left | Declined):
             self.at_work.pop(event.device, None)
+        if isinstance(event, Returned) and event.device in self.spent:
+            return ()
         return () if self.current is None else self._step(self.current.number, event)
 
     def decline(self, device: str, number: int) -> tuple[Action, ...]:
         """Expect nothing more of a device in the open round, if it is round `number`."""
         if self.current is None or self.current.number != number:
             return ()
+        self.spent.add(device)
         return self.apply(Declined(device))
 
     def paroled(self, now_s: float) -> list[str]:

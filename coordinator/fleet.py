@@ -79,6 +79,7 @@ class Fleet:
     held: dict[str, dict[str, int]] = field(default_factory=dict)
     """For each task, who is in quarantine, and the first round that each may be invited to."""
     _ready: dict[str, set[str]] = field(default_factory=dict)
+    _next: int = 0
 
     def status(self, seen: Known) -> bool:
         """Take in a status; False when it is outdated: an old session's will after a new birth.
@@ -89,8 +90,7 @@ class Fleet:
         before = self.devices.get(seen.device)
         if before is not None and seen.boot < before.boot and not seen.online:
             return False
-        number = len(self.devices) if before is None else before.number
-        self.devices[seen.device] = replace(seen, number=number)
+        self._number(seen if before is None else replace(seen, number=before.number))
         self.heard.add(seen.device)
         if before is not None and seen.boot > before.boot:
             for ready in self.checked_in.values():
@@ -101,8 +101,15 @@ class Fleet:
 
     def remember(self, known: Known) -> None:
         """Take in a device from the store: its key is known, whether it is online is not."""
-        number = known.number if known.number >= 0 else len(self.devices)
-        self.devices.setdefault(known.device, replace(known, online=False, number=number))
+        if known.device not in self.devices:
+            self._number(replace(known, online=False))
+
+    def _number(self, known: Known) -> None:
+        """Take in a device, with the next number if it has none."""
+        if known.number < 0:
+            known = replace(known, number=self._next)
+        self._next = max(self._next, known.number + 1)
+        self.devices[known.device] = known
 
     def check_in(self, task: str, device: str, call: int, examples: int) -> None:
         """Note that `device` stands ready for `task`; it stays so until withdrawn or recalled."""
@@ -180,7 +187,7 @@ class Fleet:
 
     def standings(self, task: str) -> bytes:
         """Return the standing of every device as one byte each, at its number."""
-        found = bytearray(1 + max((known.number for known in self.devices.values()), default=-1))
+        found = bytearray(self._next)
         checked_in, held = self.checked_in.get(task, {}), self.held.get(task, {})
         is_open = self.entries.get(task, Entry()) == Entry()
         for device, known in self.devices.items():

@@ -26,11 +26,12 @@ def inspect(folder: Path) -> str:
     A coordinator may be at work. Nothing is changed.
     Raises: StoreError of one line with the first fault.
     """
-    place = next((p for p in (folder, *folder.parents) if p.is_dir()), Path("/"))
-    _take(place)
     file = folder / DATABASE
-    if not file.exists():
+    if not folder.is_dir():
         return f"{folder} is made at the first start"
+    _take(folder)
+    if not file.exists():
+        return f"{file} is made at the first start"
     try:
         with closing(sqlite3.connect(file, isolation_level=None, timeout=2.0)) as db:
             at, is_whole = check(db), _is_sound(db, file)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from dataclasses import replace
+
 from coordinator.fleet import Fleet, Known
 
 
@@ -36,6 +38,16 @@ def test_the_will_of_an_old_session_does_not_take_a_new_one_away() -> None:
     fleet.status(born("a", boot=5))
     assert not fleet.status(born("a", boot=4, online=False))
     assert fleet.is_online("a")
+
+
+def test_numbers_follow_the_order_of_coming_and_are_never_given_twice() -> None:
+    fleet = Fleet()
+    fleet.remember(replace(born("b"), number=4))  # 5 was never stored: the disk refused it
+    fleet.remember(replace(born("a"), number=0))
+    fleet.status(born("c"))
+    fleet.status(born("b", boot=2))
+    assert {d: known.number for d, known in fleet.devices.items()} == {"b": 4, "a": 0, "c": 5}
+    assert len(fleet.standings("t")) == 6
 
 
 def test_a_device_withdraws() -> None:

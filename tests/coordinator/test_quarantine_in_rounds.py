@@ -143,6 +143,25 @@ def test_the_same_bad_update_is_one_strike_however_often_it_comes(tmp_path: Path
     play(tmp_path, story)
 
 
+def test_who_was_refused_is_not_invited_to_the_same_round_again(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        devices = world.devices(3)
+        async with world.coordinator((task(), pace(3, 2))):
+            await world.until(invited(devices, 1))
+            devices[0].report(1, **BAD["too large"])
+            await world.until(lambda: devices[0].receipts)
+            devices[0].check_in()  # as after a reconnect
+            devices[1].report(1)
+            devices[2].report(1)
+            await world.until(lambda: world.results)
+            assert world.clock.monotonic() == 0, "the round did not wait for it"
+            assert len(devices[0].invites) == 1
+            world.clock.advance(6)
+            await world.until(invited(devices, 2))  # but to the next
+
+    play(tmp_path, story)
+
+
 def test_what_others_send_in_its_name_is_not_held_against_a_device(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         devices = world.devices(3)

@@ -5,6 +5,7 @@ import asyncio
 import hashlib
 import subprocess
 import sys
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,9 @@ def test_a_device_gets_all_it_needs_from_what_is_retained(tmp_path: Path) -> Non
             offer = late_comer.offers["t"]
             parts = late_comer.parts
             weights = b"".join(p.body for k, p in sorted(parts.items()) if k[1] == "weights")
-            bundle = b"".join(p.body for k, p in sorted(parts.items()) if k[1] == "bundle")
+            packed = b"".join(p.body for k, p in sorted(parts.items()) if k[1] == "bundle")
+            bundle = zlib.decompress(packed)
+            assert len(packed) < len(bundle)
             assert hashlib.sha256(weights).digest() == offer.model
             assert (len(weights), len(bundle)) == (offer.model_size, offer.bundle_size)
             assert bundle == BUNDLE.data
