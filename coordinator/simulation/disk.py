@@ -31,7 +31,7 @@ class _File:
 class _Change(NamedTuple):
     """A change of names that a power cut may undo: `file` is None for one taken away."""
 
-    folder: Path
+    folder: str
     name: str
     file: _File | None
     gone: str | None
@@ -43,8 +43,8 @@ class Disk:
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
-        self._folders: dict[Path, dict[str, _File]] = {}
-        self._stable: dict[Path, dict[str, _File]] = {}
+        self._folders: dict[str, dict[str, _File]] = {}
+        self._stable: dict[str, dict[str, _File]] = {}
         self._changes: list[_Change] = []
         self._holder: Process | None = None
         self.is_full = False
@@ -78,26 +78,27 @@ class Disk:
             return cut + bytes(len(file.data) - len(cut)) if draw < 0.6 else cut
         return file.data
 
-    def folder(self, path: Path) -> dict[str, _File]:
+    def folder(self, path: str) -> dict[str, _File]:
         """Return a folder's names. Raises: FileNotFoundError."""
         found = self._folders.get(path)
         if found is None:
-            raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(path))
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", path)
         return found
 
-    def make(self, path: Path) -> None:
+    def make(self, path: str) -> None:
         """Make a folder. It is durable at once: programs make theirs at their first start."""
         self._folders.setdefault(path, {})
         self._stable.setdefault(path, {})
 
     def change(self, path: Path, file: _File | None, gone: str | None = None) -> None:
         """Change a name, in the cache."""
-        change = _Change(path.parent, path.name, file, gone)
-        self.folder(path.parent)
+        folder, name = cut(path)
+        change = _Change(folder, name, file, gone)
+        self.folder(folder)
         _apply(self._folders, change)
         self._changes.append(change)
 
-    def sync(self, path: Path) -> None:
+    def sync(self, path: str) -> None:
         """Make the names of a folder durable."""
         left = []
         for change in self._changes:
@@ -153,28 +154,29 @@ class Mounted:
     def rename(self, path: Path, to: Path) -> None:
         """Rename."""
         self._process.step()
-        self._medium.change(to, self._file(path), path.name)
+        self._medium.change(to, self._file(path), cut(path)[1])
 
     def unlink(self, path: Path) -> None:
         """Take a name away."""
         self._process.step()
-        if path.name in self._medium.folder(path.parent):
+        folder, name = cut(path)
+        if name in self._medium.folder(folder):
             self._medium.change(path, None)
 
     def sync_folder(self, path: Path) -> None:
         """Make names durable."""
         self._process.step()
-        self._medium.sync(path)
+        self._medium.sync(str(path))
 
     def make_folder(self, path: Path) -> None:
         """Make a folder."""
         self._process.check()
-        self._medium.make(path)
+        self._medium.make(str(path))
 
     def names(self, path: Path) -> list[str]:
         """List a folder."""
         self._process.check()
-        return sorted(self._medium.folder(path))
+        return sorted(self._medium.folder(str(path)))
 
     def modified_s(self, path: Path) -> float:
         """Return when a file was written."""
@@ -188,13 +190,20 @@ class Mounted:
         return self._medium.let_go
 
     def _file(self, path: Path) -> _File:
-        file = self._medium.folder(path.parent).get(path.name)
+        folder, name = cut(path)
+        file = self._medium.folder(folder).get(name)
         if file is None:
             raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(path))
         return file
 
 
-def _apply(folders: dict[Path, dict[str, _File]], change: _Change) -> None:
+def cut(path: Path) -> tuple[str, str]:
+    """Return a path's folder and name: several times quicker than asking the path."""
+    folder, _, name = str(path).rpartition("/")
+    return folder, name
+
+
+def _apply(folders: dict[str, dict[str, _File]], change: _Change) -> None:
     names = folders[change.folder]
     if change.file is None:
         names.pop(change.name, None)

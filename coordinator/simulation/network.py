@@ -56,6 +56,8 @@ class Broker:
         self.sessions: dict[str, Session] = {}
         self.is_up = True
         self._sent = 0
+        self._index: dict[str, list[tuple[str, Session]]] | None = None
+        """Filters and who has them, by what comes before their first wildcard."""
 
     def stop(self) -> None:
         """Die: no will is published, and no client hears of it but by its connection."""
@@ -72,6 +74,7 @@ class Broker:
         self.is_up = True
         self.retained = {k: v for k, v in self.retained.items() if rng.random() >= forgets}
         self.sessions = {k: v for k, v in self.sessions.items() if rng.random() >= forgets}
+        self._index = None
 
     def attach(self, wire: Wire) -> None:
         """Take a connection; an older one of the same client ends."""
@@ -101,20 +104,37 @@ class Broker:
         """Pass a message on to whoever subscribed."""
         if retain and message.payload:
             self.retained[message.topic] = message.payload
-        for session in list(self.sessions.values()):
-            if any(_matches(pattern, message.topic) for pattern in session.filters):
-                self._deliver(session, message)
+        for session in self._subscribers(message.topic):
+            self._deliver(session, message)
+
+    def _subscribers(self, topic: str) -> list[Session]:
+        """Return who has a filter for a topic."""
+        if self._index is None:
+            self._index = {}
+            for session in self.sessions.values():
+                for pattern in session.filters:
+                    start = pattern.partition("+")[0].partition("#")[0]
+                    self._index.setdefault(start, []).append((pattern, session))
+        levels, found = topic.split("/"), dict[int, Session]()
+        starts = ["/".join(levels[:i]) + "/" for i in range(1, len(levels))]
+        for start in (*starts, topic):
+            for pattern, session in self._index.get(start, ()):
+                if _matches(pattern, topic):
+                    found[id(session)] = session
+        return list(found.values())
 
     def subscribe(self, wire: Wire, filters: tuple[str, ...]) -> None:
         """Add filters to a session, and send what is retained there."""
         session = self.sessions[wire.client.id]
         session.filters.update(dict.fromkeys(filters))
+        self._index = None
         for topic, payload in list(self.retained.items()):
             if any(_matches(pattern, topic) for pattern in filters):
                 self._deliver(session, Message(topic, payload))
 
     def unsubscribe(self, wire: Wire, filters: tuple[str, ...]) -> None:
         """Drop filters of a session."""
+        self._index = None
         for pattern in filters:
             self.sessions[wire.client.id].filters.pop(pattern, None)
 

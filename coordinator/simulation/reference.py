@@ -6,6 +6,7 @@ Sums of exact products by `math.fsum`, in double precision, from what the journa
 
 from __future__ import annotations
 
+import functools
 import math
 import sqlite3
 
@@ -36,16 +37,18 @@ def compare(db: sqlite3.Connection, task: Task) -> str | None:
             gap = float(np.abs(found - target).max())
             return f"version {version} is {gap:.3g} away from the mean of what it folded"
         target = found
-        if patch is not None:
-            step = params.flatten(codec.decode(patch, SHAPES), SHAPES)
-            weights = weights + step
-        else:
-            weights = found
+        weights = found if patch is None else weights + decoded(patch)
         held = np.frombuffer(stored, "<f4").astype(np.float64)
         if not np.allclose(held, weights, rtol=TOLERANCE, atol=TOLERANCE):
             return f"version {version} is not what its patch makes of the version before"
         weights = held
     return None
+
+
+@functools.lru_cache(1024)
+def decoded(blob: bytes) -> NDArray[np.float64]:
+    """Return the delta that an update carries."""
+    return params.flatten(codec.decode(blob, SHAPES), SHAPES).astype(np.float64)
 
 
 def _mean(db: sqlite3.Connection, task: Task, version: int) -> NDArray[np.float64]:
@@ -54,7 +57,7 @@ def _mean(db: sqlite3.Connection, task: Task, version: int) -> NDArray[np.float6
         staleness = max(0, version - 1 - base)
         share = max(1, round(256 * (1 + staleness) ** -0.5))
         weight = float(min(examples, task.max_examples, 10_000) * share)
-        rows.append(params.flatten(codec.decode(blob, SHAPES), SHAPES).astype(np.float64) * weight)
+        rows.append(decoded(blob) * weight)
         weights.append(weight)
     if not rows:
         return np.zeros(SIZE)

@@ -9,6 +9,7 @@ task is at its last version and every device at rest; that has to happen in boun
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from coordinator.simulation.ends import Trunk
 from coordinator.simulation.faults import CLASSES, Faults
 from coordinator.simulation.listen import listening
 from coordinator.simulation.loop import VirtualLoop
+from coordinator.simulation.memo import remembering
 from coordinator.simulation.model import tiny
 from coordinator.simulation.network import Network
 from coordinator.simulation.process import LIFE, Killed, Process, Tasks, factory
@@ -126,9 +128,15 @@ class World:
 
     def run(self) -> Outcome:
         """Run to the end."""
-        with listening(self.watch):
-            self.loop.run(self._run())
-        return self._outcome()
+        had_gc = gc.isenabled()
+        gc.disable()  # a run is short, and what is young in it is all of it
+        try:
+            with listening(self.watch), remembering():
+                self.loop.run(self._run())
+            return self._outcome()
+        finally:
+            if had_gc:
+                gc.enable()
 
     def _outcome(self) -> Outcome:
         watch, trace = self.watch, self.trace
@@ -152,7 +160,7 @@ class World:
         for board in self.boards:
             self._later(self.rng.uniform(0.0, 5.0), partial(self._boot, board))
         self._begin_trouble()
-        calm_s = self.rng.uniform(60.0, 160.0)
+        calm_s = self.rng.uniform(50.0, 120.0)
         await self._until(lambda: self.is_done, calm_s)
         self._calm()
         if not await self._until(lambda: self.is_done, PATIENCE_S):
@@ -430,9 +438,9 @@ def _configured(file: Path, name: str | None) -> tuple[Task, Pace]:
 
 
 def _pace(rng: random.Random, setup: Setup) -> Pace:
-    most = max(2, setup.devices * 7 // 10)
-    cohort = rng.randint(max(2, most // 2), most)
-    deadline_s = rng.uniform(8.0, 40.0)
+    most = max(2, setup.devices * 6 // 10)
+    cohort = rng.randint(max(2, most // 3), most)
+    deadline_s = rng.uniform(6.0, 30.0)
     if rng.random() < 0.15:
         size = max(1, cohort // 2)
         return pacing.buffered(
