@@ -411,8 +411,8 @@ def _give_up(state: Session, round_: int) -> tuple[Session, list[Action]]:
 def _plan_check_in(state: Session) -> tuple[Session, list[Action]]:
     offer, declined = state.offer, state.declined
     if offer is None or not offer.is_open or not state.is_online:
-        return replace(state, stands=None), []
-    state = replace(state, declined=False)
+        return state if state.stands is None else replace(state, stands=None), []
+    state = replace(state, declined=False) if declined else state
     ready, stands = state.is_ready, state.stands
     is_old = stands is not None and state.now >= state.stands_at + CHECK_IN_AGAIN_S
     stood = stands is not None and stands.ready
@@ -433,6 +433,8 @@ def _plan_resend(state: Session) -> tuple[Session, list[Action]]:
     if not state.is_online:
         return state, []
     due = [u for u in state.unreceipted if u.due_at <= state.now]
+    if not due:
+        return state, []
     later = tuple(_again(u, state.now) if u in due else u for u in state.unreceipted)
     return replace(state, unreceipted=later), [Resend(u.update) for u in due]
 

@@ -300,7 +300,7 @@ class Store:
             self.disk.rename(path, path.with_name(path.name + DAMAGED))
 
     def _write_json(self, name: str, value: dict[str, Any]) -> None:
-        data = json.dumps(value, sort_keys=True, indent=1).encode() + b"\n"
+        data = json.dumps(value, sort_keys=True).encode() + b"\n"
         self._write(self.folder / name, data)
 
     def _write(self, path: Path, data: bytes) -> None:
