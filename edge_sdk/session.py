@@ -308,8 +308,12 @@ def _trained(state: Session, event: Trained) -> tuple[Session, tuple[Action, ...
 
 
 def _train_failed(state: Session, event: TrainFailed) -> tuple[Session, tuple[Action, ...]]:
-    if state.round is None or state.round.invite.round != event.round:
+    current = state.round
+    if current is None or current.invite.round != event.round:
         return state, ()
+    was_resumed = current.resumed_at is not None
+    if was_resumed and current.phase is Phase.STOPPING and state.following is not None:
+        return replace(state, round=None), (Abandon(event.round),)  # it made way for a newer one
     state = replace(state, train_retry=state.train_retry.after(state.now))
     state, actions = _give_up(state, event.round)
     return state, tuple(actions)
@@ -454,4 +458,7 @@ def _is_training(current: Round) -> bool:
 
 
 def _overdue_at(current: Round) -> float:
+    """Return when a newer invitation ends a training: at once if the process before began it."""
+    if current.resumed_at is not None:
+        return current.resumed_at
     return current.deadline_at + current.invite.deadline_s

@@ -311,6 +311,14 @@ def test_an_invitation_that_comes_again_brings_the_deadline_that_holds() -> None
     assert state.round.deadline_at == 55.0
 
 
+def test_a_round_that_was_gone_on_with_makes_way_for_a_newer_invitation_at_once() -> None:
+    state, _ = run(restarted(), e.Tick(0), HOLD, e.Connected(), OFFER)
+    state, actions = run(state, e.Invited(2, 1, W1, 60.0))
+    assert actions == [e.StopTraining(1)]
+    _, actions = run(state, e.TrainFailed(1))
+    assert actions == [e.Abandon(1), e.Train(2)]
+
+
 def test_refused_weights_keep_a_device_out_of_their_rounds_alone() -> None:
     state = replace(ready(), refused=(W2,))
     state, actions = run(state, replace(OFFER, version=2, model=W2))
