@@ -132,6 +132,9 @@ def _bodies() -> Iterator[Bomb]:
 
 
 def _archives() -> Iterator[Bomb]:
+    zeros = zlib.compress(bytes(ZEROS))
+    offered = (100_000).to_bytes(3, "little")
+    yield Bomb("stream: 256 MiB of zeros for 100 kB", offered + zeros, fuzz_targets.stream)
     meet = fuzz_targets.bundle
     whole = bytearray(next(iter(fuzz_targets.bundles())))
     at = whole.index(b"PK\x03\x04")

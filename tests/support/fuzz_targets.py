@@ -59,6 +59,8 @@ def warm(name: str) -> None:
     """Import what a target imports late, so that instruments see it."""
     if name == "importer":
         import coordinator.compiler.tflite.importer  # noqa: F401
+    elif name == "stream":
+        import edge_sdk.fetching
     elif name == "outbox":
         import edge_sdk.outbox  # noqa: F401
 
@@ -208,6 +210,19 @@ def orders() -> Iterable[bytes]:
     yield b"".join(bytes([1, 2, i, 3, 60, i]) for i in range(9))
 
 
+def stream(data: bytes) -> None:
+    """A bundle's zlib stream: bytes 0-2 say what was offered, and nothing else comes of it."""
+    from edge_sdk.fetching import unpacked
+
+    size = int.from_bytes(data[:3], "little")
+    assert len(unpacked(data[3:], size)) == size
+
+
+def streams() -> Iterable[bytes]:
+    for size in (0, 1, 1000, 70_000):
+        yield size.to_bytes(3, "little") + zlib.compress(bytes(i % 251 for i in range(size)))
+
+
 # --- bundles and models ---------------------------------------------------------------------------
 def bundle(data: bytes) -> None:
     """An archive as it comes: read, checked as a device checks it, its parameters within it."""
@@ -341,6 +356,7 @@ TARGETS = (
     Target("update", update, updates, (CodecError,)),
     Target("chunk", chunk, orders, (MessageError,)),
     Target("part", part, orders, (MessageError,)),
+    Target("stream", stream, streams, (MessageError,)),
     Target("bundle", bundle, bundles, (BundleError,)),
     Target("manifest", resealed, manifests, (BundleError,)),
     Target("onnx", onnx, onnx_graphs, (BundleError,)),
