@@ -273,14 +273,11 @@ def _refusal(number: int, endpoint: Endpoint) -> LinkError:
 
 def _explained(error: Exception, endpoint: Endpoint) -> LinkError:
     if isinstance(error, ssl.SSLCertVerificationError):
-        if (when := _OUT_OF_TIME.get(error.verify_code)) is not None:
-            return LinkError(f"the certificate of {endpoint} {when}", "tls")
-        why = error.verify_message or error.reason
-        return LinkError(
-            f"the certificate of {endpoint} is not to be trusted ({why}):"
-            " give the file of its CA as ca_file, and the host name that it was made for",
-            "tls",
+        why = _OUT_OF_TIME.get(error.verify_code) or (
+            f"is not to be trusted ({error.verify_message or error.reason}):"
+            " give the file of its CA as ca_file, and the host name that it was made for"
         )
+        return LinkError(f"the certificate of {endpoint} {why}", "tls")
     hung_up = isinstance(error, ConnectionResetError | BrokenPipeError | ssl.SSLEOFError)
     if isinstance(error, ssl.SSLError) or (hung_up and endpoint.tls):
         why = "is it a TLS port? mqtt:// has none"

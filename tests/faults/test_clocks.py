@@ -98,4 +98,4 @@ def test_a_certificate_that_is_not_valid_yet_names_the_clock(
     assert said[0] == ""
     assert "not yet valid" in said[1]
     assert "clock" in said[1]
-    assert said[1].count("\\n") == 1
+    assert said[1].count("\n") == 1

@@ -162,6 +162,7 @@ class Boards:
         brokers: the URL by which each device connects.
         trainer: what trains for all of them.
         may_train: what a device waits for before it trains, by its index; its turn if not given.
+        first: the index of the first of them: those before it are elsewhere.
         options: of their connections.
     """
 
@@ -171,13 +172,14 @@ class Boards:
         brokers: Sequence[str],
         trainer: LocalTraining,
         may_train: Callable[[int, threading.Event], None] | None = None,
+        first: int = 0,
         **options: Any,
     ) -> None:
         self.receipts: list[Receipt] = []
-        self.turns = Turns(len(brokers))
+        self.turns = Turns(first + len(brokers))
         self._folder, self._trainer, self._options = folder, trainer, options
         self._may_train = may_train or self.turns.wait_for
-        self.devices = [self._device(url, index) for index, url in enumerate(brokers)]
+        self.devices = [self._device(url, index) for index, url in enumerate(brokers, first)]
 
     def _device(self, broker: str, index: int) -> Device:
         def heard(receipt: Receipt) -> None:

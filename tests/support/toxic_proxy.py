@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ class Ailment:
         deaf: whether what the server says is lost from `stall_after` on, and nothing else.
         flip_every: a byte in about so many is altered; 0 for none.
         bytes_per_s, delay_s: of each direction.
+        loss: the share of segments that come late, as when TCP has to send them again.
     """
 
     cut_after: int | None = None
@@ -33,8 +35,10 @@ class Ailment:
     flip_every: int = 0
     bytes_per_s: float | None = None
     delay_s: float = 0.0
+    loss: float = 0.0
 
 
+SEGMENT = 1400
 Doctor = Callable[[int, random.Random], Ailment]
 """Says what ails the n-th connection, from 0."""
 
@@ -68,7 +72,9 @@ class ToxicProxy:
             self._loop.run_until_complete(self._serving)
 
     async def _serve(self) -> None:
-        server = await asyncio.start_server(self._relay, "127.0.0.1", 0, limit=2**14)
+        listening = socket.create_server(("127.0.0.1", 0))
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # holds next to nothing
+        server = await asyncio.start_server(self._relay, sock=listening, limit=4096)
         self.port = server.sockets[0].getsockname()[1]
         self._listening.set()
         try:
@@ -121,23 +127,43 @@ class _Way(NamedTuple):
 
     async def carry(self) -> None:
         """Carry bytes until one end closes or the ailment ends it."""
-        ailment = self.ailment
+        under_way: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
+        delivering = asyncio.create_task(self._deliver(under_way))
         with contextlib.suppress(OSError):
-            while data := await self.reader.read(1024):
-                before = self.carried[0]
-                if ailment.cut_after is not None and before + len(data) > ailment.cut_after:
-                    self.writer.write(data[: max(0, ailment.cut_after - before)])
-                    await self.writer.drain()
-                    return
-                self.carried[0] += len(data)
-                if self._is_lost():
-                    continue
-                if ailment.bytes_per_s is not None:
-                    await asyncio.sleep(len(data) / ailment.bytes_per_s)
-                if ailment.delay_s:
-                    await asyncio.sleep(ailment.delay_s)
-                self.writer.write(_flipped(data, ailment.flip_every, self.rng))
-                await self.writer.drain()
+            try:
+                await self._take_in(under_way)
+                await under_way.join()
+            finally:
+                delivering.cancel()
+                await asyncio.gather(delivering, return_exceptions=True)
+
+    async def _take_in(self, under_way: asyncio.Queue[tuple[float, bytes]]) -> None:
+        ailment, loop, last = self.ailment, asyncio.get_running_loop(), 0.0
+        while data := await self.reader.read(1024 if ailment.bytes_per_s is None else 128):
+            before = self.carried[0]
+            if ailment.cut_after is not None and before + len(data) > ailment.cut_after:
+                under_way.put_nowait((0.0, data[: max(0, ailment.cut_after - before)]))
+                return
+            self.carried[0] += len(data)
+            if self._is_lost():
+                continue
+            if ailment.bytes_per_s is not None:
+                await asyncio.sleep(len(data) / ailment.bytes_per_s)
+            due = loop.time() + ailment.delay_s
+            if ailment.loss and self.rng.random() < ailment.loss * len(data) / SEGMENT:
+                due += 2 * ailment.delay_s + 0.2
+            last = max(last, due)  # in order, as TCP has it
+            under_way.put_nowait((last, _flipped(data, ailment.flip_every, self.rng)))
+
+    async def _deliver(self, under_way: asyncio.Queue[tuple[float, bytes]]) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            due, data = await under_way.get()
+            if due > loop.time():
+                await asyncio.sleep(due - loop.time())
+            self.writer.write(data)
+            await self.writer.drain()
+            under_way.task_done()
 
     def _is_lost(self) -> bool:
         after = self.ailment.stall_after
