@@ -309,3 +309,20 @@ def test_a_bundle_that_says_it_is_too_large_is_refused_before_a_byte_comes(scene
         scene.until(lambda: device.status()["refused"])
         assert "max_bundle_bytes=5000" in device.status()["refused"]["reason"]
         assert scene.came == []
+
+
+def test_a_polite_stop_in_mid_download_keeps_what_had_come(scene: Scene) -> None:
+    whole = scene.publish()
+    with scene.device(coordinator_key=scene.coordinator.key.public) as device:
+        scene.until(lambda: device.online)
+
+        def is_half_here() -> bool:
+            while scene.broker._tasks and scene.bytes < whole // 2:
+                scene.broker._tasks.popleft()()
+            return scene.bytes >= whole // 2
+
+        until(is_half_here)  # and no further
+    scene.lose(device.id)
+    with scene.device(coordinator_key=scene.coordinator.key.public) as device:
+        scene.until(lambda: device.version == 1)
+    assert scene.bytes <= whole
