@@ -113,18 +113,20 @@ class Machine:
     def _words(self) -> list[str]:
         kind, cpu = BOARDS[self.board]
         cmdline = self.get("cmdline.txt").decode().strip()
-        cmdline = re.sub(r"console=ttyS1\S*", "console=ttyAMA0,115200", cmdline)
+        tty = "ttyAMA0" if cpu else "ttyS1"  # a Pi 3's first port is Bluetooth's
+        cmdline = cmdline.replace("ttyS1", tty)
+        cmdline += f" systemd.debug_shell systemd.default_debug_tty={tty}"
+        cmdline += f" systemd.mask=serial-getty@{tty}.service"
         words = ["qemu-system-aarch64", "-M", kind, "-m", str(MEMORY_MIB), "-display", "none"]
         words += ["-kernel", str(self.folder / "vmlinuz")]
         words += ["-initrd", str(self.folder / "initrd.img"), "-no-reboot", "-monitor", "none"]
         words += [
             "-chardev",
             f"socket,id=tty,path={self._shell},server=on,wait=off,logfile={self._console},logappend=on",
-            "-serial", "chardev:tty", "-netdev", "user,id=net",
+            *([] if cpu else ["-serial", "null"]), "-serial", "chardev:tty",
+            "-netdev", "user,id=net",
         ]  # fmt: skip
         if cpu:
-            cmdline += " systemd.debug_shell systemd.default_debug_tty=ttyAMA0"
-            cmdline += " systemd.mask=serial-getty@ttyAMA0.service"
             words += ["-cpu", cpu, "-smp", "2", "-device", "virtio-net-pci,netdev=net,romfile="]
             words += ["-drive", f"if=none,id=card,format=raw,file={self.card}"]
             words += ["-device", "virtio-blk-pci,drive=card", "-device", "virtio-rng-pci"]
