@@ -79,7 +79,7 @@ def matrix(quick: Path, start_mosquitto: Any) -> Iterator[Matrix]:
     made.close()
 
 
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(900)
 def test_killed_at_any_record_of_its_journal_the_coordinator_comes_to_the_same_model(
     matrix: Matrix, figure: Any, record_property: Any
 ) -> None:
@@ -109,7 +109,7 @@ def test_killed_at_any_record_of_its_journal_the_coordinator_comes_to_the_same_m
     assert only or deaths >= len(every) - 2 * DEVICES
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 def test_killed_again_and_again_in_one_run_the_coordinator_still_arrives(
     matrix: Matrix, figure: Any
 ) -> None:

@@ -223,7 +223,7 @@ def matrix(quick: Path, start_mosquitto: Any) -> Iterator[Matrix]:
     made.close()
 
 
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(900)
 def test_killed_at_any_call_of_an_upload_the_device_counts_once_and_the_model_is_the_same(
     matrix: Matrix, figure: Any, record_property: Any
 ) -> None:

@@ -35,7 +35,7 @@ from live_rounds import (
 from edge_sdk.lasting import LastingTrainer
 from edge_sdk.training import TrainFailed
 
-pytestmark = [pytest.mark.broker, pytest.mark.slow]
+pytestmark = [pytest.mark.broker, pytest.mark.slow, pytest.mark.timeout(300)]
 DEVICES, ROUNDS, MIB = 2, 2, 2**20
 OPEN = ("allow_anonymous true", "set_tcp_nodelay true")
 SIZE_MIB = 4

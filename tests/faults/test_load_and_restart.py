@@ -9,7 +9,7 @@ import pytest
 
 from coordinator.bench import hostile, restart
 
-pytestmark = [pytest.mark.broker, pytest.mark.slow]
+pytestmark = [pytest.mark.broker, pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def test_a_coordinator_of_a_thousand_devices_is_back_within_two_seconds(figure: Any) -> None:

@@ -18,7 +18,7 @@ from toxic_proxy import Ailment, ToxicProxy
 from edge_sdk.device import Device
 from edge_sdk.transport.mqtt import Mqtt
 
-pytestmark = [pytest.mark.broker, pytest.mark.slow]
+pytestmark = [pytest.mark.broker, pytest.mark.slow, pytest.mark.timeout(300)]
 SIZES = (120, 120, 10)
 BUNDLE = mlp(SIZES)
 
