@@ -9,6 +9,7 @@ port: `SYSTEM` is the machine's, and a simulation has one that loses what was no
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import threading
@@ -20,6 +21,7 @@ from typing import Protocol, TypeAlias
 from edge_sdk.errors import StoreError
 
 _SUFFIX = ".tmp"
+_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.EACCES}
 LOCK_TRIES, LOCK_PAUSE_S = 3, 0.02
 
 Part: TypeAlias = bytes | bytearray | memoryview
@@ -118,7 +120,12 @@ class SystemDisk:
 
     def lock(self, path: Path) -> Callable[[], None]:
         """Hold a lock file: the kernel lets it go when the process ends."""
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            if error.errno != errno.EROFS:
+                raise
+            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # held all the same
         try:
             _lock(handle)
         except OSError:
@@ -182,6 +189,12 @@ def sweep(where: Path, name: str | None = None, disk: Disk = SYSTEM) -> None:
     for stale in disk.names(where):
         if stale.startswith(start) and "-" in stale[len(start) :] and stale.endswith(_SUFFIX):
             remove(where / stale, disk)
+
+
+def is_refusal(error: Exception) -> bool:
+    """Say whether the disk does not want to be written, or not now: the file itself is fine."""
+    cause = error.__cause__ if isinstance(error, StoreError) else error
+    return isinstance(cause, OSError) and cause.errno in _REFUSALS
 
 
 def sync_folder(path: Path) -> None:

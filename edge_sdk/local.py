@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from edge_sdk import anomaly, layouts, trial
+from edge_sdk import anomaly, files, layouts, trial
 from edge_sdk.bundle import Bundle
 from edge_sdk.errors import EngineError, FedgeError, RefusedError, StoreError
 from edge_sdk.limits import Limits
-from edge_sdk.model import Model, open_model
+from edge_sdk.model import Model, answers, open_model
 from edge_sdk.model_file import ModelFile
 from edge_sdk.params import count
 from edge_sdk.samples import Layout, Samples
@@ -60,6 +60,10 @@ class Runtime:
     def ring(self, path: Path, capacity: int, layout: dict[str, Any]) -> Samples:
         """Open or make the ring of examples. Raises: StoreError, ValueError or OSError."""
         return Samples(path, **layout, capacity=capacity)
+
+    def ring_to_read(self, path: Path) -> Samples:
+        """Open a ring that the disk does not let us write. Raises: StoreError."""
+        return Samples.open(path)
 
     def newest(self, ring: Samples, most: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """Return the newest examples of a ring, at most so many, inputs and labels."""
@@ -105,6 +109,7 @@ class Local:
         self._store, self._engine, self._threads = store, engine, threads
         self._capacity = capacity
         self._samples: Samples | None = None
+        self._is_closed = False
         self._learning = threading.Lock()
         self.arrived = threading.Event()
         self._start(given)
@@ -210,6 +215,8 @@ class Local:
 
         Raises: NoModelError; ValueError on another shape, class or NaN; StoreError on a full disk.
         """
+        if self._samples is None and self.bundle is not None and not self._is_closed:
+            self._open_samples(layouts.layout(self.bundle.manifest))  # the disk may have room again
         with self._learning:
             if (bundle := self.bundle) is None or self._samples is None:
                 raise NoModelError("no model yet to learn for: pass bundle=, or wait for an offer")
@@ -328,6 +335,7 @@ class Local:
             slots = self.slots.ended()
             self._note(slots.proven() if self._trial.is_proven(None) else slots)
         with self._learning:
+            self._is_closed = True
             if self._samples is not None:
                 self._samples.close()
                 self._samples = None
@@ -402,7 +410,12 @@ class Local:
         layout = layouts.layout(bundle.manifest)
         engine, threads = self._engine, self._threads
         model = self._runtime.open(bundle, weights, version, engine=engine, threads=threads)
-        self._open_samples(layout)
+        try:
+            self._open_samples(layout)
+        except StoreError as error:
+            if self.model is not None:
+                raise  # the one in use has its examples
+            log.warning("examples cannot be kept, the model answers reason=%s", error)
         name = ModelName(bundle.digest, model.weights, version)
         is_on_trial = name.is_same(self.slots.trial)
         if is_on_trial:
@@ -423,13 +436,13 @@ class Local:
             x, y = self._runtime.newest(ring, most) if ring is not None else (np.empty(0),) * 2
         if not len(x):
             return
-        new = _answers(model, x)
+        new = answers(model, x)
         if new.dtype.kind == "f" and not np.isfinite(new).all():
             raise EngineError("expected finite answers to stored examples, got NaN or infinity")
         if margin is None or old is None or old.bundle != model.bundle:
             return
         loss, output = bundle.manifest["loss"], bundle.manifest["output"]
-        found, known = (trial.error(loss, a, y, output) for a in (new, _answers(old, x)))
+        found, known = (trial.error(loss, a, y, output) for a in (new, answers(old, x)))
         if found is None or known is None or not trial.is_worse(loss, found, known, margin):
             return
         raise EngineError(
@@ -467,6 +480,8 @@ class Local:
         try:
             found = self._runtime.ring(path, capacity, layout)
         except (StoreError, ValueError, OSError) as error:
+            if files.is_refusal(error):
+                return self._runtime.ring_to_read(path)
             log.warning("examples damaged, set aside file=%s reason=%s", path.name, error)
             self._store.disk.rename(path, path.with_name(path.name + ".damaged"))
             found = self._runtime.ring(path, capacity, layout)
@@ -481,8 +496,3 @@ class Local:
         if fit < self._capacity:
             log.warning("examples kept are %d, max_disk_bytes has no room for more", fit)
         return min(fit, self._capacity)
-
-
-def _answers(model: Model, x: NDArray[Any]) -> NDArray[Any]:
-    batches = [x[at : at + _ERRORS_BATCH] for at in range(0, len(x), _ERRORS_BATCH)]
-    return np.concatenate([model.predict(batch) for batch in batches])

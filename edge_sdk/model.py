@@ -83,6 +83,11 @@ def open_model(
     return model
 
 
+def answers(model: Model, x: NDArray[Any], rows: int = 64) -> NDArray[Any]:
+    """Return a model's answers to a batch of any size, a few `rows` at a time. As `predict`."""
+    return np.concatenate([model.predict(x[at : at + rows]) for at in range(0, len(x), rows)])
+
+
 def batched(x: ArrayLike, shape: tuple[int | None, ...]) -> tuple[NDArray[Any], bool]:
     """Return `x` as a batch, and whether it was a single example.
 

@@ -121,7 +121,8 @@ class Outbox:
             del self._waiting[update]
 
     def _open(self) -> None:
-        files.sweep(self._folder, disk=self._disk)
+        with contextlib.suppress(StoreError):  # left to a start at which the disk lets us
+            files.sweep(self._folder, disk=self._disk)
         names = self._disk.names(self._folder)
         for path in (self._folder / name for name in names if name.endswith(".update")):
             self._next = max(self._next, _number(path) + 1)

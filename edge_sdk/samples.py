@@ -115,7 +115,10 @@ class Samples:
         self.layout = layout
         self._mutex = threading.Lock()
         self._writes = mode == os.O_RDWR
-        self._file = os.open(self.path, mode | os.O_CLOEXEC)
+        try:
+            self._file = os.open(self.path, mode | os.O_CLOEXEC)
+        except OSError as error:
+            raise StoreError(f"cannot open {self.path}: {error.strerror}") from error
         if self._writes:
             self._lock_file()
             self._drop_tail()

@@ -257,7 +257,8 @@ class Store:
             self._make_folder(folder)
         self._make_folder(self._weights)
         for folder in (self.folder, self._bundles, self._weights):
-            files.sweep(folder, disk=self.disk)
+            with contextlib.suppress(StoreError):  # left to a start at which the disk lets us
+                files.sweep(folder, disk=self.disk)
 
     def _make_folder(self, folder: Path) -> None:
         try:

@@ -6,6 +6,7 @@ It answers wherever a model is intact, learns, takes part in the next round, and
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted_coordinator import TASK, FakeTraining, Scripted, weights_of
 
+from edge_sdk import files
 from edge_sdk.device import Device
 from edge_sdk.errors import StoreError
 from edge_sdk.outbox import Outbox
@@ -51,7 +53,7 @@ class Scene:
         self.coordinator.start()
         self.training = FakeTraining()
 
-    def born(self, bundle: Any = BUNDLE) -> Device:
+    def born(self, bundle: Any = BUNDLE, **options: Any) -> Device:
         device = Device(
             "memory",
             task=TASK,
@@ -60,6 +62,7 @@ class Scene:
             connect=self.broker.transport,
             trainer=self.training,
             clock=self.clock,
+            **options,
         )
         device._agent.begin()
         return device
@@ -298,6 +301,64 @@ def test_updates_of_another_folder_are_not_sent(state: Path, tmp_path: Path) -> 
     device = other.born()
     assert device.status()["outbox"] == 0
     other.killed(device)
+
+
+def read_only(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Let a folder be as on a card that the kernel has remounted."""
+    real = os.open
+
+    def open_(path: Any, flags: int, mode: int = 0o777, **options: Any) -> int:
+        if str(path).startswith(str(folder)) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return real(path, flags, mode, **options)
+
+    patch.setattr(os, "open", open_)
+
+
+def test_on_a_card_that_went_read_only_it_starts_answers_and_takes_no_part(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = Scene(state)
+    with monkeypatch.context() as patch:
+        read_only(patch, state)
+        device = scene.born()
+        assert device.version == 3
+        assert np.isfinite(device.predict(X)).all()
+        assert device.examples == len(X)
+        with pytest.raises(StoreError, match="opened to read"):
+            device.learn(X[0], Y[0])
+        with pytest.raises(StoreError, match="another process uses"):
+            scene.born()
+        scene.turn(device)
+        device.close()
+    check(state)
+
+
+def test_a_disk_that_is_full_costs_no_examples_and_gives_a_model_all_the_same(
+    state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    fresh, known = Scene(tmp_path / "fresh"), Scene(state)
+    fresh.born().close()
+    shutil.rmtree(tmp_path / "fresh" / "samples")
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_all", full)
+        device = known.born(capacity=10)  # a ring of another size must be written anew
+        assert device.version is not None
+        assert device.examples == len(X)
+        device.close()
+        device = fresh.born()
+        assert np.isfinite(device.predict(X)).all()
+        with pytest.raises(StoreError):
+            device.learn(X[0], Y[0])
+    device.learn(X[0], Y[0])  # there is room again
+    assert device.examples == 1
+    device.close()
+    device = known.born(capacity=10)
+    assert device.examples == 10
+    device.close()
 
 
 def test_two_processes_never_share_a_folder(state: Path) -> None:
