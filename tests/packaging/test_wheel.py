@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -130,3 +132,77 @@ def test_with_litert_alone_a_device_checks_trains_encodes_and_predicts(
     assert checks["engine"]["ok"]
     assert checks["engine"]["says"].startswith("litert 2.")
     assert "not ort: onnxruntime is not installed" in checks["engine"]["says"]
+
+
+def others() -> list[str]:
+    """Return the interpreters of this machine that the test environment itself is not."""
+    found = []
+    for minor in (11, 12, 13, 14):
+        kept = sorted(Path.home().glob(f".pyenv/versions/3.{minor}.*/bin/python3"))
+        python = str(kept[-1]) if kept else shutil.which(f"python3.{minor}")
+        if python and minor != sys.version_info.minor:
+            found.append(python)
+    return found
+
+
+@pytest.mark.parametrize("python", others())
+def test_with_onnx_alone_a_device_computes_what_it_should_on_each_python_here(
+    wheel: Path, python: str, tmp_path: Path
+) -> None:
+    made = run(python, "-m", "venv", str(tmp_path / "venv"), cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    inside = str(tmp_path / "venv" / "bin" / "python")
+    extra = run(inside, "-m", "pip", "install", "--quiet", f"{wheel}[onnx]", cwd=tmp_path)
+    assert extra.returncode == 0, extra.stderr
+    done = run(inside, "-m", "edge_sdk", "selftest", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [c["check"] for c in json.loads(done.stdout)["checks"]] == [
+        "load", "predict", "train", "encode", "sign",
+    ]  # fmt: skip
+
+
+def test_the_locked_set_of_this_machine_installs_by_hash_and_runs_the_coordinator(
+    wheel: Path, tmp_path: Path
+) -> None:
+    machine = {"x86_64": "amd64", "aarch64": "arm64"}[os.uname().machine]
+    name = f"coordinator-{machine}-py3{sys.version_info.minor}"
+    lock = ROOT / "packaging" / "locks" / f"{name}.txt"
+    assert run(sys.executable, "-m", "venv", str(tmp_path / "venv"), cwd=tmp_path).returncode == 0
+    inside = str(tmp_path / "venv" / "bin" / "python")
+    pip = [inside, "-m", "pip", "install", "--quiet"]
+    locked = run(*pip, "--require-hashes", "-r", str(lock), cwd=tmp_path)
+    assert locked.returncode == 0, locked.stderr
+    assert run(*pip, "--no-deps", str(wheel), cwd=tmp_path).returncode == 0
+    assert run(inside, "-m", "pip", "check", cwd=tmp_path).returncode == 0
+    assert run(inside, "-m", "edge_sdk", "selftest", cwd=tmp_path).returncode == 0
+    check = run(inside, "-m", "edge_sdk", "coordinator", "--help", cwd=tmp_path)
+    assert check.returncode == 0, check.stderr
+    code = "import coordinator, coordinator.daemon, coordinator.compiler"
+    assert run(inside, "-W", "error", "-c", code, cwd=tmp_path).returncode == 0
+
+
+VALID = """
+import json, sys
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
+check = JsonStrictValidator(SchemaVersion.V1_6).validate_str
+print([check(bill) is None for bill in json.load(sys.stdin)])
+"""
+
+
+def test_every_bill_of_materials_is_valid_by_its_schema(tmp_path: Path) -> None:
+    sys.path.insert(0, str(ROOT / "packaging"))
+    from pack import locks, sbom
+
+    assert run(sys.executable, "-m", "venv", str(tmp_path / "venv"), cwd=tmp_path).returncode == 0
+    inside = str(tmp_path / "venv" / "bin" / "python")
+    library = "cyclonedx-python-lib[json-validation]==11.12.0"
+    got = run(inside, "-m", "pip", "install", "--quiet", library, cwd=tmp_path)
+    assert got.returncode == 0, got.stderr
+    bills = [sbom.bill("x", "1", locks.read(k.name), 1_700_000_000) for k in locks.all_locks()]
+    wrong = bills[0].replace('"SHA-256"', '"SHA-257"')
+    done = subprocess.run(
+        [inside, "-c", VALID], input=json.dumps([*bills, wrong]), capture_output=True, text=True,
+        timeout=300, check=False,
+    )  # fmt: skip
+    assert done.stdout.strip() == str([True] * len(bills) + [False]), done.stderr
