@@ -105,7 +105,7 @@ class Agent:
         self._meter = Meter(usage, settings.limits, clock, settings.root, store.disk)
         where, counters = store.folder / "why", transport.counters
         self._journal = Journal(where, clock, counters, settings.boot, store.disk)
-        self._readiness = Readiness(settings, self._meter, local, counters)
+        self._readiness = Readiness(settings, self._meter, local, counters, store.quota)
         self._fetching = Fetching(settings.task, store, local, transport, self._readiness.may_take)
         self._stint = Stint(
             store=store,

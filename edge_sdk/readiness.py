@@ -9,6 +9,7 @@ from edge_sdk.conditions import Surroundings
 from edge_sdk.events import ConditionsChanged
 from edge_sdk.local import Local
 from edge_sdk.meter import Meter, within
+from edge_sdk.quota import Quota
 from edge_sdk.settings import Settings
 from edge_sdk.transport import Counters
 
@@ -18,8 +19,10 @@ log = logging.getLogger(__name__)
 class Readiness:
     """Looks at the board when asked, and counts what is sent and received."""
 
-    def __init__(self, settings: Settings, meter: Meter, local: Local, counters: Counters) -> None:
-        self._settings, self._meter, self._local = settings, meter, local
+    def __init__(
+        self, settings: Settings, meter: Meter, local: Local, counters: Counters, quota: Quota
+    ) -> None:
+        self._settings, self._meter, self._local, self._quota = settings, meter, local, quota
         self._counters = counters
         self._may_train = settings.conditions & within(settings.limits)
         self.lapsed: tuple[str, ...] = ()
@@ -37,6 +40,8 @@ class Readiness:
             lapsed = ("failed",)
         self.count()
         lapsed += self._meter.lapsed(self._update_bytes())
+        if not is_training and self._quota.left < self._local.round_bytes:
+            lapsed += ("disk",)  # the model answers all the same
         if lapsed != self.lapsed:
             log.info("conditions lapsed=%s", ",".join(lapsed) or "none")
         self.lapsed = lapsed
