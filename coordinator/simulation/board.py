@@ -262,7 +262,9 @@ class _WatchedOutbox(Outbox):
     def __init__(self, store: Store, board: Board) -> None:
         self._board = board
         super().__init__(store.outbox, OUTBOX_BYTES, store.disk)
-        board.watch.restarted(board.name, {waiting.update for waiting in self})
+        residual = store.residual()
+        held = b"" if residual is None else residual.to_bytes()
+        board.watch.restarted(board.name, {waiting.update for waiting in self}, held)
 
     def append(self, entry: Entry) -> tuple[bytes, ...]:
         """Keep an update."""
@@ -289,8 +291,10 @@ class _WatchedStore(Store):
 
     def set_residual(self, residual: Residual) -> None:
         """Move the residual on."""
-        self._board.watch.moving(self._board.name, residual.to_bytes())
+        watch, name, data = self._board.watch, self._board.name, residual.to_bytes()
+        watch.moving(name, data)
         super().set_residual(residual)
+        watch.moved(name, data)
 
 
 class _Steps(Failpoints):

@@ -73,6 +73,8 @@ class _Ledger:
     """What the residual should be now."""
     number: dict[bytes, int] = field(default_factory=dict)
     """By update: how many were encoded before it."""
+    moving: tuple[bytes, bytes, bool] | None = None
+    """The residual that was being written when we last looked, of which update, and which way."""
     moved: int = -1
     """The number of the update that moved the residual last."""
 
@@ -252,8 +254,9 @@ class Watch:
             ledger.kept[update] = ledger.doubtful
         ledger.doubtful = None
 
-    def restarted(self, device: str, found: set[bytes]) -> None:
+    def restarted(self, device: str, found: set[bytes], residual: bytes) -> None:
         """Compare what a device finds in its outbox with what it was told is safe there."""
+        self.moved(device, residual)
         ledger = self._of(device)
         if ledger.doubtful is not None and ledger.doubtful.update in found:
             ledger.kept[ledger.doubtful.update] = ledger.doubtful
@@ -286,11 +289,19 @@ class Watch:
             if any(ways):
                 if not any(ways[outcome not in ACCEPTED] for outcome in outcomes):
                     self.fail("I8", f"{device} moved its residual before a receipt said so")
-                if kept.update in ledger.after:
-                    ledger.carried = ledger.after[kept.update][0 if ways[0] else 1]
-                    ledger.moved = ledger.number[kept.update]
+                ledger.moving = residual, kept.update, ways[0]
                 return
         self.fail("I8", f"{device} moved its residual to what no update of its outbox implies")
+
+    def moved(self, device: str, residual: bytes) -> None:
+        """Note what residual is on the disk for sure."""
+        ledger = self._of(device)
+        if ledger.moving is not None and ledger.moving[0] == residual:
+            _, update, is_accepted = ledger.moving
+            if update in ledger.after:
+                ledger.carried = ledger.after[update][0 if is_accepted else 1]
+                ledger.moved = ledger.number[update]
+        ledger.moving = None
 
     def _of(self, device: str) -> _Ledger:
         return self._ledgers.setdefault(device, _Ledger())
