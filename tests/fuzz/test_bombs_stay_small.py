@@ -13,7 +13,7 @@ ALL = list(bombs.all_bombs())
 
 @pytest.mark.parametrize("bomb", ALL, ids=lambda bomb: bomb.name)
 def test_a_bomb_takes_at_most_one_mib(bomb: bombs.Bomb) -> None:
-    bombs.cost(bomb)  # what is made once and kept, such as tables
+    bombs._meet(bomb)  # what is loaded and made once, such as tables
     peak, _ = bombs.cost(bomb)
     assert peak <= bombs.MOST_BYTES
 
