@@ -81,7 +81,7 @@ def matrix(quick: Path, start_mosquitto: Any) -> Iterator[Matrix]:
 
 @pytest.mark.timeout(900)
 def test_killed_at_any_record_of_its_journal_the_coordinator_comes_to_the_same_model(
-    matrix: Matrix, figure: Any, record_property: Any
+    matrix: Matrix, figure: Any, request: pytest.FixtureRequest
 ) -> None:
     calm, _, log = matrix.run("before_commit:sleep=0")
     records = log.count("failpoint name=before_commit")
@@ -103,7 +103,7 @@ def test_killed_at_any_record_of_its_journal_the_coordinator_comes_to_the_same_m
     every = [f"{point}@{at}" for at in range(1, records + 1) for point in points]
     with ThreadPoolExecutor(AT_ONCE) as pool:
         deaths = sum(pool.map(killed, [only] if only else every))
-    record_property("result", f"{deaths} kills, the same model each time")
+    request.node.user_properties.append(("result", f"{deaths} kills, the same model each time"))
     figure("coordinator killed, before and after each record", deaths, "the same model each time")
     # Which devices say hello in one transaction differs: a run may be over a record sooner.
     assert only or deaths >= len(every) - 2 * DEVICES

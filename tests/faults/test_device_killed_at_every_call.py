@@ -225,7 +225,7 @@ def matrix(quick: Path, start_mosquitto: Any) -> Iterator[Matrix]:
 
 @pytest.mark.timeout(900)
 def test_killed_at_any_call_of_an_upload_the_device_counts_once_and_the_model_is_the_same(
-    matrix: Matrix, figure: Any, record_property: Any
+    matrix: Matrix, figure: Any, request: pytest.FixtureRequest
 ) -> None:
     calm, places = matrix.undisturbed()
     names = {place.split("/")[1] for place in places}
@@ -243,6 +243,6 @@ def test_killed_at_any_call_of_an_upload_the_device_counts_once_and_the_model_is
     only = os.environ.get("FEDGE_KILL_AT")
     with ThreadPoolExecutor(AT_ONCE) as pool:
         deaths = sum(pool.map(killed, [only] if only else places))
-    record_property("result", f"{deaths} kills, the same model each time")
+    request.node.user_properties.append(("result", f"{deaths} kills, the same model each time"))
     figure("device killed at each call of an upload", deaths, "the same model each time")
     assert only or deaths >= 0.9 * len(places)  # one more ping or log line shifts the last ones
