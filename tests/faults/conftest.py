@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the fault tests share: a folder in memory, and brokers beyond the life of one test."""
+"""What the fault tests share: a folder in memory."""
 
 from __future__ import annotations
 
