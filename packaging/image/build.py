@@ -63,11 +63,12 @@ GONE = (
 )  # fmt: skip
 """What the running system never reads, and what differs from build to build."""
 UNITS_OFF = (
-    "dpkg-db-backup.timer",
-    "e2scrub_all.timer",
-    "e2scrub_reap.service",
-    "wpa_supplicant.service",
-)
+    "dpkg-db-backup.timer", "e2scrub_all.timer", "e2scrub_reap.service", "wpa_supplicant.service",
+    "systemd-pstore.service", "dev-hugepages.mount", "dev-mqueue.mount", "sys-kernel-debug.mount",
+    "sys-kernel-tracing.mount", "sys-kernel-config.mount", "sys-fs-fuse-connections.mount",
+    # A device predicts and learns without a network: it does not wait for one.
+    "systemd-networkd-wait-online.service",
+)  # fmt: skip
 GENERATORS_OFF = ("gpt-auto", "hibernate-resume", "rc-local", "ssh", "sysv", "tpm2")
 """Of systemd, for what these boards do not have; each would cost its start at every boot."""
 UNITS_ON = {
@@ -75,7 +76,6 @@ UNITS_ON = {
         "fedge-provision.service", "fedge-grow.service", "fedge-device.service", "ssh.service",
         "systemd-networkd.service",
     ),
-    "network-online.target.wants": ("systemd-networkd-wait-online.service",),
     "sys-subsystem-net-devices-wlan0.device.wants": ("fedge-wifi.service",),
     "timers.target.wants": ("fstrim.timer",),
 }  # fmt: skip
