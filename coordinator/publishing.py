@@ -26,6 +26,8 @@ class Publisher:
         self._link = link
         self._signer = signer
         self._bundles: dict[str, bytes] = {}
+        self._counts: dict[str, int] = {}
+        """How many parts are retained, by the filter of their topics."""
         self._controls: dict[str, tuple[bytes, bytes]] = {}
         self.bytes_down = 0
         """Bytes handed to the broker; it multiplies retained ones by its subscribers."""
@@ -129,13 +131,23 @@ class Publisher:
         await self._send(topics.down(desk.task.name, device, "missing"), missing)
 
     async def _parts(self, desk: Desk, parts: list[Part]) -> None:
-        name = desk.task.name
+        name, first = desk.task.name, parts[0]
+        place = topics.parts_filter(name, first.what, first.version)
+        before, self._counts[place] = self._counts.get(place, 0), first.count
+        for index in range(first.count, before):  # of a longer one that was here
+            await self._clear(topics.part(name, first.what, index, first.version))
         await asyncio.gather(
             *(
                 self._send(topics.part(name, p.what, p.index, p.version), p, retain=True)
                 for p in parts
             )
         )
+
+    async def _clear(self, topic: str) -> None:
+        try:
+            await self._link.publish(topic, b"", retain=True)
+        except (TransportError, TimeoutError) as error:
+            log.warning("not cleared topic=%s reason=%s", topic, error)
 
     async def _send(self, topic: str, message: Message, *, retain: bool = False) -> None:
         frame = encode(message, self._signer, topic)

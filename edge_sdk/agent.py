@@ -237,6 +237,8 @@ class Agent:
         }
 
     def _on_frame(self, topic: str, payload: bytes) -> None:
+        if not payload:
+            return  # a part that is no longer retained
         with self._queue_lock:
             if self._queued_bytes + len(payload) > MAX_QUEUED_BYTES:
                 self.tally.bad_frames += 1  # it comes again: retained, or sent until answered

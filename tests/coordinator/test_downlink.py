@@ -8,6 +8,7 @@ import hashlib
 import zlib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,10 +16,14 @@ from fake_fleet import BUNDLE, FakeDevice, World
 
 from coordinator import pacing
 from coordinator.pacing import Pace
+from coordinator.publishing import Publisher
 from coordinator.task import Task
 from coordinator.versions import target_of
-from edge_sdk import params, patches, topics
+from edge_sdk import chunks, params, patches, topics
 from edge_sdk.errors import ConfigError
+from edge_sdk.signing import DeviceKey
+
+HUB = DeviceKey.from_seed(b"h" * 32)
 
 
 def play(tmp_path: Path, story: Callable[[World], Awaitable[None]]) -> None:
@@ -125,6 +130,27 @@ def test_the_bundle_goes_down_as_its_zlib_stream(tmp_path: Path) -> None:
             assert zlib.decompress(part.body) == BUNDLE.data
 
     play(tmp_path, story)
+
+
+def test_what_a_shorter_patch_in_the_same_place_leaves_over_is_cleared() -> None:
+    retained: dict[str, bytes] = {}
+
+    class Broker:
+        async def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
+            assert retain
+            retained[topic] = payload
+            if not payload:
+                del retained[topic]
+
+    async def publish(version: int, size: int) -> None:
+        parts = chunks.parts("patch", bytes(size), bytes(32), version)
+        await publisher._parts(desk, parts)
+
+    desk = SimpleNamespace(task=SimpleNamespace(name="t"))
+    publisher = Publisher(Broker(), HUB)  # type: ignore[arg-type]
+    for version, size, left in ((3, 30_000, 4), (3 + topics.SLOTS, 9000, 2), (4, 10, 3)):
+        asyncio.run(publish(version, size))
+        assert len(retained) == left
 
 
 def test_dense_sends_weights_and_no_patches(tmp_path: Path) -> None:
