@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 Later = Coroutine[Any, Any, None]
 MOST_COMPLAINTS = 10_000
 MOST_PARKED = 1_000
+MOST_EARLY, EARLY_S = 64, 30.0
+"""Updates kept that came before their task was open, and for how long after the start."""
 SLACK_BYTES = 65_536
 
 
@@ -73,6 +75,8 @@ class Intake:
         self._scheme = scheme
         self._assembler = Assembler()
         self._parked: dict[str, tuple[str, bytes]] = {}
+        self._early: dict[str, list[tuple[str, bytes]]] = {}
+        self._until_s = now_s() + EARLY_S
         self._complaints: set[tuple[str, str]] = set()
 
     def take(self, topic: str, payload: bytes) -> Later | None:
@@ -111,7 +115,7 @@ class Intake:
             return self._status(topic, payload)
         desk, key = self.desks.get(address.task), self.fleet.key(address.device)
         if desk is None:
-            self.counters["unknown_task"] += 1
+            self._too_early(address, topic, payload)
             return None
         if key is None:
             self._park(address, topic, payload)
@@ -125,6 +129,19 @@ class Intake:
             case (Update() as update, signed):
                 return self._count(desk, address.device, update, signed)
         return None
+
+    def _too_early(self, address: Address, topic: str, payload: bytes) -> None:
+        """Keep what the broker held while we were away: it comes before its task is open."""
+        self.counters["unknown_task"] += 1
+        is_full = sum(map(len, self._early.values())) >= MOST_EARLY
+        if address.kind in {"update", "chunk"} and not is_full and self._now_s() < self._until_s:
+            self._early.setdefault(address.task, []).append((topic, payload))
+
+    def open(self, desk: Desk) -> list[Later]:
+        """Take in a task; return what there is to do for messages that came before it."""
+        self.desks[desk.task.name] = desk
+        early = self._early.pop(desk.task.name, [])
+        return [work for message in early if (work := self.take(*message)) is not None]
 
     def _verified(
         self, topic: str, frame: bytes, key: bytes, limit: int = MAX_FRAME

@@ -235,7 +235,8 @@ class Coordinator:
                 log.warning("task %s: %s", task.name, unmet)
             self.fleet.recall(task.name)
             self._warden.hold(desk)
-            self._intake.desks[task.name] = desk
+            for work in self._intake.open(desk):
+                self._spawn(work)
             await self._link.subscribe(topics.up_filter(task.name))
             self._note_absent(desk)
             await self._publisher.all(desk)
