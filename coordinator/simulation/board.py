@@ -68,7 +68,8 @@ class Board:
         self._local: Local | None = None
         self._radio: Radio | None = None
         self._store: Store | None = None
-        self._turn: asyncio.TimerHandle | None = None
+        self._turn: float | None = None
+        """When its next turn is."""
 
     @property
     def name(self) -> str:
@@ -173,22 +174,21 @@ class Board:
         self._agent.begin()
 
     def _ended(self) -> None:
-        if self._turn is not None:
-            self._turn.cancel()
-            self._turn = None
+        self._turn = None
 
     def _schedule(self, wait_s: float) -> None:
+        """Take a turn after a while. A timer that is no longer wanted fires, and finds that out."""
         loop = self.network.loop
-        if self._turn is not None:
-            if self._turn.when() <= loop.now_s + wait_s:
-                return
-            self._turn.cancel()
-        self._turn = loop.call_later(wait_s, self._take_turn)
+        at_s = loop.now_s + wait_s
+        if self._turn is None or at_s < self._turn:
+            self._turn = at_s
+            loop.call_at(at_s, self._take_turn, at_s)
 
-    def _take_turn(self) -> None:
-        agent, process, self._turn = self._agent, self.process, None
-        if agent is None or process is None or not process.is_alive:
+    def _take_turn(self, at_s: float) -> None:
+        agent, process = self._agent, self.process
+        if at_s != self._turn or agent is None or process is None or not process.is_alive:
             return
+        self._turn = None
         try:
             agent.turn(0.0)
             wait_s = agent.wait_s()

@@ -160,7 +160,7 @@ class World:
         for board in self.boards:
             self._later(self.rng.uniform(0.0, 5.0), partial(self._boot, board))
         self._begin_trouble()
-        calm_s = self.rng.uniform(50.0, 120.0)
+        calm_s = self.rng.uniform(30.0, 90.0)
         await self._until(lambda: self.is_done, calm_s)
         self._calm()
         if not await self._until(lambda: self.is_done, PATIENCE_S):
@@ -291,7 +291,7 @@ class World:
         for board in self.boards:
             if self.rng.random() < f.leave and self._may_leave():
                 board.has_left = True
-                at_s = self.rng.uniform(5.0, 100.0)
+                at_s = self.rng.uniform(5.0, 60.0)
                 self._later(at_s, partial(self._leave, board))
 
     def _may_leave(self) -> bool:

@@ -30,8 +30,9 @@ def told(outcome: Outcome) -> str:
     return f"{story}\n{outcome.broken}\nagain: fedge simulate --seed {outcome.seed}"
 
 
-def test_every_invariant_holds_under_all_faults() -> None:
-    for seed in range(QUICK):
+@pytest.mark.parametrize("first", range(0, QUICK, 4))
+def test_every_invariant_holds_under_all_faults(first: int) -> None:
+    for seed in range(first, first + 4):
         outcome = simulate(Setup(seed))
         assert outcome.holds, told(outcome)
 
