@@ -222,9 +222,8 @@ class Proof:
         log = (folder / "log").open("w")
         with log, subprocess.Popen(root.command(*device), env=env, stdout=log, stderr=log) as board:
             try:
-                done = subprocess.run(
-                    root.command(*hub), env=env, stdout=log, stderr=log, timeout=150, check=False
-                )
+                hosted = subprocess.Popen(root.command(*hub), env=env, stdout=log, stderr=log)
+                ended = _waited(hosted, 150)
                 status = folder / "state" / "status.json"
                 ends = time.monotonic() + 20
                 while _version(status) != 2 and time.monotonic() < ends:
@@ -232,7 +231,7 @@ class Proof:
             finally:
                 board.terminate()
         said = (folder / "log").read_text()[-3000:]
-        expect(done.returncode == 0, f"the coordinator did not end its rounds:\n{said}")
+        expect(ended == 0, f"the coordinator did not end its rounds: {ended}\n{said}")
         expect(_version(status) == 2, f"the device did not come to version 2:\n{said}")
         counted = json.loads(status.read_text())["receipts"].get("counted")
         expect(counted == 2, f"expected two counted updates, got {counted}:\n{said}")
@@ -320,6 +319,16 @@ def _tree_hashes(folder: Path) -> dict[str, str]:
 
 def _last_json(text: str) -> Any:
     return json.loads(text.strip().splitlines()[-1])
+
+
+def _waited(process: subprocess.Popen[bytes], seconds: float) -> int | None:
+    """Return how a process ended; None when it had to be ended."""
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        process.wait()
+        return None
 
 
 def _version(status: Path) -> int | None:
