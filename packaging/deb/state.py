@@ -7,15 +7,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, "/opt/fedge/device/lib")
 
-from edge_sdk import Device, selftest
+from edge_sdk import Device, messages, selftest, topics
 from edge_sdk.outbox import Entry, Outbox
+from edge_sdk.signing import DeviceKey
 
 OPTIONS = {"task": "kept", "broker": "mqtt://127.0.0.1:9"}
 
@@ -24,9 +24,12 @@ def make(folder: Path) -> None:
     """Be a device that has learned and has something to send."""
     with Device(bundle=selftest.BUNDLE, state=folder, **OPTIONS) as device:
         device.learn_many(*selftest.rows())
-    frame = bytes(range(256)) * 4
-    update = hashlib.sha256(frame).digest()[:16]
-    Outbox(folder / "outbox").append(Entry(update=update, round=7, frame=frame))
+    key = DeviceKey.load_or_create(folder / "identity.key")
+    topic = topics.up(OPTIONS["task"], key.id, "update")
+    learned = messages.Update(7, 0, 32, 4, 0.5, 1.0, body=bytes(range(256)))
+    frame = messages.encode(learned, key, topic)
+    update = messages.Signed(frame, topic).id
+    Outbox(folder / "outbox").append(Entry(update, learned.round, frame))
 
 
 def show(folder: Path) -> dict[str, object]:

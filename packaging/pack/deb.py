@@ -93,7 +93,8 @@ class Target(NamedTuple):
         if self.lock is None:
             return ["python3 (>= 3.11)", *PYTHON_PACKAGES, "python3-onnxruntime"]
         python = [f"python3 (>= {self.python})", f"python3 (<< {major}.{int(minor) + 1})"]
-        vendored = ["libc6 (>= 2.28)", "libstdc++6 (>= 8)"]
+        glibc = "2.34" if self.arch == "armhf" else "2.28"  # what their wheels were linked with
+        vendored = [f"libc6 (>= {glibc})", "libstdc++6 (>= 8)"]
         return [*python, *vendored, *(PYTHON_PACKAGES if self.arch == "armhf" else ())]
 
 
