@@ -20,7 +20,7 @@ from coordinator import certificates
 from coordinator.broker import free_port
 from edge_sdk.lasting import LastingTrainer
 
-pytestmark = pytest.mark.broker
+pytestmark = [pytest.mark.broker, pytest.mark.timeout(300)]
 DEVICES, ROUNDS = 4, 2
 OPEN = ("allow_anonymous true", "set_tcp_nodelay true")
 SEED = 5
@@ -66,7 +66,7 @@ def play(template: Template, trainer: LastingTrainer, quick: Path) -> Play:
                 child.send_signal(then)
                 assert child.wait(5) == 0
                 child = lives.enter_context(daemon(config, "--exit-when-done"))
-            assert child.wait(60) == 0, (folder / "coordinator.log").read_text()[-3000:]
+            assert child.wait(120) == 0, (folder / "coordinator.log").read_text()[-3000:]
         check_journal(config, template, boards.receipts)
         return digests(config), boards
 

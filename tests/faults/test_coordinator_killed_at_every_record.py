@@ -42,7 +42,7 @@ class Matrix:
         while not self._trainers.empty():
             self._trainers.get().close()
 
-    def run(self, *failpoints: str, within_s: float = 60.0) -> tuple[list[str], int, str]:
+    def run(self, *failpoints: str, within_s: float = 240.0) -> tuple[list[str], int, str]:
         """Run a federation whose coordinator has one life a failpoint, until it ends by itself.
 
         Give the hash of each version, how many lives were cut short, and the log.

@@ -37,7 +37,7 @@ from edge_sdk.transport.mqtt import Mqtt
 
 TASK = "t"
 BUNDLE = mlp((6, 5, 3), quantized=True)
-PATIENCE_S = 30.0
+PATIENCE_S = 120.0
 CONFIG = """
 broker = "{broker}"
 store = "store"
