@@ -57,17 +57,20 @@ class Link(threading.Thread):
                 device, _ = self.server.accept()
                 broker = socket.socket()
                 broker.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-                broker.connect(("127.0.0.1", self.target))
                 with device, broker, contextlib.suppress(OSError):
+                    broker.connect(("127.0.0.1", self.target))  # it may be down just now
                     self._relay(device, broker)
         self.server.close()
 
     def _relay(self, device: socket.socket, broker: socket.socket) -> None:
         ways = [(broker, device, deque[tuple[float, bytes]]()), (device, broker, deque())]
+        looked_at = time.monotonic()
         while not self.is_done.is_set():
+            passed_s = min(time.monotonic() - looked_at, 0.2)  # a busy machine looks less often
+            looked_at = time.monotonic()
             for source, sink, under_way in ways:
                 if select.select([source], [], [], 0)[0]:
-                    if not (data := source.recv(max(1, int(self.rate * STEP_S)))):
+                    if not (data := source.recv(max(1, int(self.rate * passed_s)))):
                         return
                     under_way.append((self._due(under_way, len(data)), data))
                 while under_way and under_way[0][0] <= time.monotonic():
