@@ -55,6 +55,8 @@ class Scene:
     bundle: Bundle
     blob: bytes
     late: Sequence[DeviceKey]
+    calls: set[int]
+    """The roll calls heard so far: what else a dead coordinator said may still be on its way."""
 
 
 def measure(
@@ -94,7 +96,7 @@ async def _measured(
     await _fill(folder, keys, pending, bundle, blob)
     async with embedded(kind="mosquitto", port=0, folder=folder / "broker") as url:
         (folder / "coordinator.toml").write_text(CONFIG.format(url=url, cohort=devices))
-        scene = Scene(folder, url, keys, bundle, blob, keys[pending : pending + repeat])
+        scene = Scene(folder, url, keys, bundle, blob, keys[pending : pending + repeat], set())
         async with Mqtt(url, "bench", session_s=0) as ear:
             await asyncio.gather(*(_say_hello(ear, key) for key in keys))
             await ear.subscribe(
@@ -122,11 +124,17 @@ async def _restart(
                 where, payload, ack = await anext(heard)
                 ack()
                 message, _ = messages.decode(payload, where)
-                told.setdefault(type(message), time.perf_counter() - began)
-                if isinstance(message, Offer) and device is not None:  # as its outbox does
-                    topic = topics.up(TASK, device.id, "update")
-                    frame = messages.encode(_update(scene.blob), device, topic)
-                    await ear.publish(topic, frame)
+                since_s = time.perf_counter() - began
+                match message:
+                    case Offer() if message.call not in scene.calls:
+                        scene.calls.add(message.call)
+                        told[Offer] = since_s
+                        if device is not None:  # as its outbox does
+                            topic = topics.up(TASK, device.id, "update")
+                            frame = messages.encode(_update(scene.blob), device, topic)
+                            await ear.publish(topic, frame)
+                    case Receipt() if device is not None and f"/{device.id}/" in where:
+                        told[Receipt] = since_s
         cpu_s = _cpu_s(child.pid)
     finally:
         child.kill()
