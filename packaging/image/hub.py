@@ -105,6 +105,22 @@ class Hub:
             return []
         return [update for update in ledger.updates(store) if update["device"] == device]
 
+    def outcomes(self, device: str) -> list[str]:
+        """Return what became of each update of a device: its round, and in which version it is."""
+        return [
+            f"round {update['round']}: {update['outcome']}, in version {update['folded']}"
+            for update in self.updates(device)
+        ]
+
+    def under_way(self, device: str) -> int | None:
+        """Return the round that is open, in which the device was invited and has not reported."""
+        rounds = ledger.rounds(self.folder / "store", TASK)
+        newest = rounds[-1] if rounds else {}
+        reported = {update["round"] for update in self.updates(device)}
+        if newest.get("outcome") != "open" or device not in newest["cohort"]:
+            return None
+        return None if newest["number"] in reported else int(newest["number"])
+
     def version(self) -> int:
         """Return the newest version of the model."""
         return max((int(row["version"]) for row in ledger.models(self.folder / "store")), default=0)
