@@ -344,7 +344,6 @@ def test_a_device_serves_predict_learn_and_status_on_its_socket(
     text = board.config.read_text().partition("[source]")[0]
     board.config.write_text(text + '[source]\nsocket = "s"\n')
     process = board.start()
-    until((tmp_path / "s").exists, within_s=20)
     requests = [
         {"predict": X[0].tolist()},
         {"learn": X[0].tolist(), "label": int(Y[0])},
@@ -352,7 +351,7 @@ def test_a_device_serves_predict_learn_and_status_on_its_socket(
         {"status": True},
     ]
     with socket.socket(socket.AF_UNIX) as client:
-        client.connect(str(tmp_path / "s"))
+        until(lambda: client.connect_ex(str(tmp_path / "s")) == 0, within_s=20)
         answers = client.makefile()
         heard = []
         for request in requests:
