@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 import tomllib
+from functools import cache
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -114,6 +115,7 @@ def version() -> str:
     return str(project["version"])
 
 
+@cache
 def epoch() -> int:
     """Return the time that every file of the image bears: that of the commit."""
     given = os.environ.get("SOURCE_DATE_EPOCH")
@@ -214,6 +216,7 @@ def _image(work: Path, base: Path, deb: Path, out: Path, *, xz: bool) -> dict[st
     packages = _run("dpkg-query", f"--admindir={root}/var/lib/dpkg", "-W", f"-f={shown}")
     _boot(work, root, files / "boot.vfat")
     _settle(root)
+    _stamp(root)
     _squash(root, files / "system.squashfs")
     _data(work, files / "data.ext4")
     name = f"fedge-{version()}-arm64"
@@ -274,16 +277,27 @@ def _settle(root: Path) -> None:
             _link(system / target / unit, f"{home}/{unit}")
 
 
+def _stamp(root: Path) -> None:
+    """Give everything the time of the commit but Python's sources, whose byte code names theirs."""
+    for path in root.rglob("*"):
+        if path.suffix != ".py":
+            os.utime(path, (epoch(), epoch()), follow_symlinks=False)
+    shadow = root / "etc/shadow"
+    lines = [line.split(":") for line in shadow.read_text().splitlines()]
+    text = "".join(":".join([*f[:2], str(epoch() // 86400), *f[3:]]) + "\n" for f in lines)
+    shadow.write_text(
+        text
+    )  # when passwords were last changed: the day that the bare Debian was made
+    os.utime(shadow, (epoch(), epoch()))
+
+
 def _link(path: Path, to: str) -> None:
     path.unlink(missing_ok=True)
     path.symlink_to(to)
 
 
 def _squash(root: Path, to: Path) -> None:
-    """Write the system: sorted, and no file later than the commit.
-
-    Times stay otherwise, because Python's byte code names its source's.
-    """
+    """Write the system: sorted, and no file later than the commit."""
     stamp = {"SOURCE_DATE_EPOCH": str(epoch())}
     _run(
         "mksquashfs", root, to, "-comp", "zstd", "-Xcompression-level", "15", "-b", "256K",
