@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the fault tests share: a folder in memory."""
+"""What the fault tests share: a training child, a federation to copy, a folder in memory."""
 
 from __future__ import annotations
 
@@ -10,6 +10,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from live_rounds import Template
+
+from edge_sdk.lasting import LastingTrainer
+
+
+@pytest.fixture(scope="module")
+def trainer() -> Iterator[LastingTrainer]:
+    one = LastingTrainer(nice=0)
+    yield one
+    one.close()
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Template:
+    """A federation of as many devices and rounds as the module says."""
+    folder = tmp_path_factory.mktemp("template")
+    return Template(folder, request.module.DEVICES, request.module.ROUNDS)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import contextlib
 import random
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,18 +24,6 @@ pytestmark = [pytest.mark.broker, pytest.mark.timeout(300)]
 DEVICES, ROUNDS = 4, 2
 OPEN = ("allow_anonymous true", "set_tcp_nodelay true")
 SEED = 5
-
-
-@pytest.fixture(scope="module")
-def trainer() -> Iterator[LastingTrainer]:
-    one = LastingTrainer(nice=0)
-    yield one
-    one.close()
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Template:
-    return Template(tmp_path_factory.mktemp("template"), DEVICES, ROUNDS)
 
 
 Play = Callable[..., tuple[list[str], Boards]]
@@ -115,11 +103,11 @@ def cut_twice(number: int, rng: random.Random) -> Ailment:
 
 
 def stall(number: int, rng: random.Random) -> Ailment:
-    return Ailment(stall_after=rng.randrange(1_000, 9_000)) if number < DEVICES else Ailment()
+    return Ailment(stall_after=rng.randrange(1_000, 4_000)) if number < DEVICES else Ailment()
 
 
 def deafen(number: int, rng: random.Random) -> Ailment:
-    after = rng.randrange(1_000, 9_000)
+    after = rng.randrange(1_000, 4_000)
     return Ailment(stall_after=after, deaf=True) if number < DEVICES else Ailment()
 
 

@@ -7,7 +7,6 @@ import datetime as dt
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +21,6 @@ DEVICES, ROUNDS = 2, 1
 OPEN = ("allow_anonymous true", "set_tcp_nodelay true")
 DAY_S = 86_400
 DISTANT = {"three days behind": -3 * DAY_S, "three days ahead": 3 * DAY_S, "1970": None}
-
-
-@pytest.fixture(scope="module")
-def trainer() -> Iterator[LastingTrainer]:
-    one = LastingTrainer(nice=0)
-    yield one
-    one.close()
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Template:
-    return Template(tmp_path_factory.mktemp("template"), DEVICES, ROUNDS)
 
 
 def faked(when: str) -> tuple[str, ...]:

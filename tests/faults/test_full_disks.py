@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +37,6 @@ pytestmark = [pytest.mark.broker, pytest.mark.slow, pytest.mark.timeout(300)]
 DEVICES, ROUNDS, MIB = 2, 2, 2**20
 OPEN = ("allow_anonymous true", "set_tcp_nodelay true")
 SIZE_MIB = 4
-
-
-@pytest.fixture(scope="module")
-def trainer() -> Iterator[LastingTrainer]:
-    one = LastingTrainer(nice=0)
-    yield one
-    one.close()
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Template:
-    return Template(tmp_path_factory.mktemp("template"), DEVICES, ROUNDS)
 
 
 @pytest.fixture

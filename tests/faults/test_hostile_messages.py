@@ -32,18 +32,6 @@ MOST_KIB = 48 << 10
 """What an attacked coordinator may have more of than a calm one, at its peak."""
 
 
-@pytest.fixture(scope="module")
-def trainer() -> Iterator[LastingTrainer]:
-    one = LastingTrainer(nice=0)
-    yield one
-    one.close()
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Template:
-    return Template(tmp_path_factory.mktemp("template"), DEVICES, ROUNDS)
-
-
 Attack = Callable[[str, bytes], Iterator[tuple[str, bytes]]]
 
 
