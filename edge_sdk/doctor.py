@@ -39,7 +39,7 @@ PACKAGES = ("numpy", "paho-mqtt", "cryptography")
 MIB = 1 << 20
 LEAST_DISK, SOME_DISK = 16 * MIB, 256 * MIB
 BASE_RAM = 96 * MIB
-"""An interpreter and an engine, beside what the training itself takes."""
+"""An interpreter and an engine with a small model: what training takes at the least."""
 HOT_C = 80.0  # a Raspberry Pi slows down here
 SOON_DAYS = 30
 ANSWER_S = 10.0
@@ -181,8 +181,7 @@ def _memory(board: Board) -> str:
         return "this board does not say how much is free"
     bundle = _bundle(board)
     costs = bundle.manifest["cost"] if bundle is not None else {}
-    takes = max([v for k, v in costs.items() if k.startswith("ram_")], default=0)
-    needs = BASE_RAM + int(takes)
+    needs = max(BASE_RAM, int(costs.get("ram_peak", 0)))
     if free < needs:
         raise _Not(
             f"{free // MIB} MiB available, training takes about {needs // MIB} MiB",

@@ -17,10 +17,11 @@ from typing import Any
 
 import pytest
 from hand_bundles import mlp
+from planted import planted
 
 from coordinator import certificates
 from edge_sdk import device_cli, device_config, doctor
-from edge_sdk.doctor import Board, Finding, examine
+from edge_sdk.doctor import MIB, Board, Finding, examine
 from edge_sdk.limits import Limits
 
 NOW = dt.datetime(2026, 11, 23, 12, tzinfo=dt.UTC)
@@ -134,6 +135,18 @@ def test_too_little_memory_for_the_bundle_in_use_is_red(bench: Bench) -> None:
     assert "48 MiB available" in found.says
     bench.put("proc/meminfo", "")
     assert "does not say" in bench.look("memory").says
+
+
+def test_a_bundle_says_how_much_its_training_takes(bench: Bench) -> None:
+    table = {"ram_train": {"1": MIB, "16": 300 * MIB}, "ram_peak": 343 * MIB}
+    made = planted(mlp(), manifest=lambda manifest: manifest["cost"].update(table))
+    made.save(bench.folder / "large.fedge")
+    bench.toml["bundle"] = "large.fedge"
+    assert "training takes about 343 MiB" in bench.look("memory").says
+    bench.put("proc/meminfo", "MemAvailable: 300000 kB")
+    found = bench.look("memory")
+    assert found.state == "fail"
+    assert "292 MiB available, training takes about 343 MiB" in found.says
 
 
 def test_a_card_that_was_remounted_read_only_is_red(bench: Bench) -> None:
