@@ -371,9 +371,9 @@ def test_frames_that_are_wrong_are_counted_and_nothing_else_happens(scene: Scene
         other = Scripted(scene.broker.transport("other"), BUNDLE, forger)
         other.start()
         other.publish_model(9, weights_of(BUNDLE, 0.5))
-        for junk in (b"", b"FDGE", b"\xff" * 2000, b"FDGE" + b"\0" * 200):
+        for junk in (b"", b"F", b"FDGE", b"\xff" * 2000, b"FDGE" + b"\0" * 200):
             coordinator.transport.publish(topics.down(TASK, device.id, "invite"), junk)
-        scene.until(lambda: device.status()["bad_frames"] >= 7)
+        scene.until(lambda: device.status()["bad_frames"] >= 7)  # nothing is no frame: a clearing
         assert device.version == 0
         coordinator.publish_model(1, weights_of(BUNDLE, 0.25))
         scene.until(lambda: device.version == 1)
