@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+LOOK_S = 1.0
+"""A signal that another thread takes wakes nobody: the main thread looks that often."""
 EXAMPLE = """example:
   fedge device run --config device.toml
   fedge device run --config a/device.toml --config b/device.toml     two devices, one process
@@ -82,7 +84,8 @@ def run(args: argparse.Namespace) -> int:
             log.info("device id=%s task=%s state=%s", devices[-1].id, config.task, _state(config))
             sources.append(_source(config, devices[-1], stop))
         service.ready()
-        stop.wait()
+        while not stop.wait(LOOK_S):
+            pass
         service.stopping()
         log.info("stopping")
     finally:
