@@ -240,7 +240,7 @@ def test_a_store_that_is_replaced_in_use_ends_the_coordinator_and_the_next_goes_
 ) -> None:
     folder = tmp_path / "store"
 
-    async def story(world: World) -> None:
+    async def story(world: Any) -> None:
         devices = world.devices(3)
         async with world.coordinator((TASK, PACE)) as coordinator:
             await world.until(invited(devices, 1))
@@ -257,6 +257,7 @@ def test_a_store_that_is_replaced_in_use_ends_the_coordinator_and_the_next_goes_
             world.clock.advance(11)
             await world.until(lambda: coordinator._failed is not None)
             assert isinstance(coordinator._failed, ContradictionError)
+            await world.until(lambda: world.ended)
         async with world.coordinator((TASK, PACE)):
             await world.until(lambda: devices[1].outcomes() == ["counted"])
             await world.until(lambda: len(devices[0].receipts) == 1)
@@ -269,6 +270,8 @@ def test_a_store_that_is_replaced_in_use_ends_the_coordinator_and_the_next_goes_
             pytest.fail("only the loops end with it")
 
     class Quiet(World):
+        ended = False
+
         async def _train(self, *args: Any) -> None:
             try:
                 await super()._train(*args)
@@ -276,9 +279,7 @@ def test_a_store_that_is_replaced_in_use_ends_the_coordinator_and_the_next_goes_
                 self.ended = True
 
     async def main_() -> None:
-        world = Quiet(folder)
-        await tolerant(world)
-        assert world.ended
+        await tolerant(Quiet(folder))
 
     asyncio.run(main_())
 
