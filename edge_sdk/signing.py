@@ -21,7 +21,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from edge_sdk.errors import StoreError
 
-PUBLIC_BYTES = 32
 SIGNATURE_BYTES = 64
 
 
