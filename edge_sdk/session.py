@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import NamedTuple
 
 from edge_sdk.events import (
     Abandon,
@@ -95,9 +96,11 @@ class Retry:
         return Retry(now + self.wait_s, min(2 * self.wait_s, RETRY_LONGEST_S))
 
 
-@dataclass(frozen=True, slots=True)
-class Session:
-    """All that the device knows of its dealings with the coordinator."""
+class Session(NamedTuple):
+    """All that the device knows of its dealings with the coordinator.
+
+    A tuple: each event makes a new one, and copying many fields must be cheap.
+    """
 
     device: str = ""
     min_examples: int = 1
@@ -203,29 +206,29 @@ def _surroundings(
 ) -> Session:
     match event:
         case Tick(now):
-            return replace(state, now=max(now, state.now))
+            return state._replace(now=max(now, state.now))
         case Connected():
-            return _roll_called(replace(state, is_online=True), state.offer)
+            return _roll_called(state._replace(is_online=True), state.offer)
         case Disconnected():
-            return replace(state, is_online=False, stands=None)
+            return state._replace(is_online=False, stands=None)
         case ConditionsChanged(hold, examples, lapsed):
-            return replace(state, may_train=hold, examples=examples, lapsed=lapsed)
+            return state._replace(may_train=hold, examples=examples, lapsed=lapsed)
         case Sent():
             return _sent(state, event)
         case DropFailed(update, round_):  # sent again it is a duplicate, and settled then
             waiting = Unreceipted(update, round_, state.now + RESEND_FIRST_S)
-            return replace(state, unreceipted=(*state.unreceipted, waiting))
+            return state._replace(unreceipted=(*state.unreceipted, waiting))
 
 
 def _all_due(state: Session, at: float) -> Session:
     due = tuple(replace(u, due_at=at, wait_s=RESEND_FIRST_S) for u in state.unreceipted)
-    return replace(state, unreceipted=due)
+    return state._replace(unreceipted=due)
 
 
 def _roll_called(state: Session, offer: Offered | None) -> Session:
     """Say all again that may have been forgotten, at our own moment: a fleet does so at once."""
     at = _answer_at(state, offer)
-    return _all_due(replace(state, stands=None, answer_at=at), at)
+    return _all_due(state._replace(stands=None, answer_at=at), at)
 
 
 def _answer_at(state: Session, offer: Offered | None) -> float:
@@ -243,12 +246,12 @@ def moment(device: str, call: int) -> float:
 def _offered(state: Session, offer: Offered) -> Session:
     known = state.offer
     if known is None:
-        state = replace(state, answer_at=_answer_at(state, offer))
+        state = state._replace(answer_at=_answer_at(state, offer))
     elif known.call != offer.call:  # the coordinator started anew
         state = _roll_called(state, offer)
     if known is None or (known.bundle, known.model) != (offer.bundle, offer.model):
-        state = replace(state, fetch_retry=Retry())
-    return replace(state, offer=offer)
+        state = state._replace(fetch_retry=Retry())
+    return state._replace(offer=offer)
 
 
 def _invited(state: Session, invite: Invited) -> Session:
@@ -261,33 +264,33 @@ def _invited(state: Session, invite: Invited) -> Session:
     if current is None or (current.phase is Phase.INVITED and _is_news(current, invite)):
         is_again = current is not None and current.invite.round == invite.round
         since = current.resumed_at if current is not None and is_again else None
-        return replace(state, round=replace(fresh, resumed_at=since))
+        return state._replace(round=replace(fresh, resumed_at=since))
     waiting = state.following.invite.round if state.following else current.invite.round
-    return replace(state, following=fresh) if invite.round > waiting else state
+    return state._replace(following=fresh) if invite.round > waiting else state
 
 
 def _fetch_ended(state: Session, event: Fetched | FetchFailed) -> Session:
     wanted = state.fetching
     if wanted is None or (wanted.what, wanted.digest) != (event.what, event.digest):
         return state
-    state = replace(state, fetching=None)
+    state = state._replace(fetching=None)
     if isinstance(event, FetchFailed):
-        return replace(state, fetch_retry=state.fetch_retry.after(state.now))
-    state = replace(state, fetch_retry=Retry())
+        return state._replace(fetch_retry=state.fetch_retry.after(state.now))
+    state = state._replace(fetch_retry=Retry())
     if event.what == "bundle":
-        return replace(state, bundle=event.digest)
-    return replace(state, weights=event.digest)
+        return state._replace(bundle=event.digest)
+    return state._replace(weights=event.digest)
 
 
 def _switch_ended(state: Session, event: ModelReady | ModelRefused | SwitchFailed) -> Session:
-    state = replace(state, switching=None)
+    state = state._replace(switching=None)
     if isinstance(event, SwitchFailed):
         retry = state.fetch_retry.after(state.now)
-        return replace(state, bundle=b"", weights=b"", fetch_retry=retry)
+        return state._replace(bundle=b"", weights=b"", fetch_retry=retry)
     if isinstance(event, ModelReady):
-        return replace(state, model=event, bundle=event.bundle, weights=event.model)
+        return state._replace(model=event, bundle=event.bundle, weights=event.model)
     refused = tuple(weights for weights in state.refused if weights != event.model)
-    return replace(state, refused=(*refused, event.model)[-REFUSED_KEPT:])
+    return state._replace(refused=(*refused, event.model)[-REFUSED_KEPT:])
 
 
 def _bundle_refused(state: Session, bundle: bytes) -> Session:
@@ -296,7 +299,7 @@ def _bundle_refused(state: Session, bundle: bytes) -> Session:
         fetching = None
     if switching is not None and switching.bundle == bundle:
         switching = None
-    return replace(state, fetching=fetching, switching=switching, refused_bundle=bundle)
+    return state._replace(fetching=fetching, switching=switching, refused_bundle=bundle)
 
 
 def _trained(state: Session, event: Trained) -> tuple[Session, tuple[Action, ...]]:
@@ -304,7 +307,7 @@ def _trained(state: Session, event: Trained) -> tuple[Session, tuple[Action, ...
     if current is None or current.invite.round != event.round or not _is_training(current):
         return state, ()
     submitting = replace(current, phase=Phase.SUBMITTING)
-    return replace(state, round=submitting), (Submit(event.round),)
+    return state._replace(round=submitting), (Submit(event.round),)
 
 
 def _train_failed(state: Session, event: TrainFailed) -> tuple[Session, tuple[Action, ...]]:
@@ -313,22 +316,21 @@ def _train_failed(state: Session, event: TrainFailed) -> tuple[Session, tuple[Ac
         return state, ()
     was_resumed = current.resumed_at is not None
     if was_resumed and current.phase is Phase.STOPPING and state.following is not None:
-        return replace(state, round=None), (Abandon(event.round),)  # it made way for a newer one
-    state = replace(state, train_retry=state.train_retry.after(state.now))
+        return state._replace(round=None), (Abandon(event.round),)  # it made way for a newer one
+    state = state._replace(train_retry=state.train_retry.after(state.now))
     state, actions = _give_up(state, event.round)
     return state, tuple(actions)
 
 
 def _sent(state: Session, event: Sent) -> Session:
     waiting = Unreceipted(event.update, event.round, state.now + RESEND_FIRST_S)
-    state = replace(
-        state,
+    state = state._replace(
         unreceipted=(*state.unreceipted, waiting),
         sent_round=event.round,
         train_retry=Retry(),
     )
     if state.round is not None and state.round.invite.round == event.round:
-        state = replace(state, round=None)
+        state = state._replace(round=None)
     return state
 
 
@@ -339,7 +341,7 @@ def _receipted(state: Session, event: Receipted) -> tuple[Session, tuple[Action,
     is_counted = event.outcome == "duplicate" and event.counted == event.update
     accepted = event.outcome in {"counted", "late"} or is_counted
     rest_until = max(state.rest_until, state.now + event.rest_s)
-    state = replace(state, unreceipted=left, rest_until=rest_until)
+    state = state._replace(unreceipted=left, rest_until=rest_until)
     return state, (Drop(event.update, accepted),)
 
 
@@ -353,7 +355,7 @@ def _plan_model(state: Session) -> tuple[Session, list[Action]]:
     if state.weights != offer.model:
         return _fetch(state, Fetch("weights", offer.model, offer.model_size))
     switch = SwitchModel(offer.bundle, offer.model, offer.version)
-    return replace(state, switching=switch), [switch]
+    return state._replace(switching=switch), [switch]
 
 
 def _wants(state: Session, offer: Offered) -> bool:
@@ -370,12 +372,12 @@ def _wants(state: Session, offer: Offered) -> bool:
 def _fetch(state: Session, fetch: Fetch) -> tuple[Session, list[Action]]:
     if state.fetching == fetch or not state.is_online or state.now < state.fetch_retry.at:
         return state, []
-    return replace(state, fetching=fetch), [fetch]
+    return state._replace(fetching=fetch), [fetch]
 
 
 def _plan_round(state: Session) -> tuple[Session, list[Action]]:
     if state.round is None and state.following is not None:
-        state = replace(state, round=state.following, following=None)
+        state = state._replace(round=state.following, following=None)
     current = state.round
     if current is None:
         return state, []
@@ -384,7 +386,7 @@ def _plan_round(state: Session) -> tuple[Session, list[Action]]:
     is_abandoned = state.following is not None and state.now >= _overdue_at(current)
     if current.phase is Phase.TRAINING and (is_abandoned or not state.may_train):
         stopping = replace(current, phase=Phase.STOPPING)
-        return replace(state, round=stopping), [StopTraining(current.invite.round)]
+        return state._replace(round=stopping), [StopTraining(current.invite.round)]
     return state, []
 
 
@@ -404,19 +406,19 @@ def _take_up(state: Session, current: Round) -> tuple[Session, list[Action]]:
     if model is None or model.model != invite.model:
         return state, []  # its weights are on the way
     training = replace(current, phase=Phase.TRAINING)
-    return replace(state, round=training), [Train(invite.round)]
+    return state._replace(round=training), [Train(invite.round)]
 
 
 def _give_up(state: Session, round_: int) -> tuple[Session, list[Action]]:
     """Let go of the round under way, and say so, that nobody waits for us in vain."""
-    return replace(state, round=None, declined=True), [Abandon(round_)]
+    return state._replace(round=None, declined=True), [Abandon(round_)]
 
 
 def _plan_check_in(state: Session) -> tuple[Session, list[Action]]:
     offer, declined = state.offer, state.declined
     if offer is None or not offer.is_open or not state.is_online:
-        return state if state.stands is None else replace(state, stands=None), []
-    state = replace(state, declined=False) if declined else state
+        return state if state.stands is None else state._replace(stands=None), []
+    state = state._replace(declined=False) if declined else state
     ready, stands = state.is_ready, state.stands
     is_old = stands is not None and state.now >= state.stands_at + CHECK_IN_AGAIN_S
     stood = stands is not None and stands.ready
@@ -425,7 +427,7 @@ def _plan_check_in(state: Session) -> tuple[Session, list[Action]]:
     if ready and not declined and state.now < max(state.answer_at, state.rest_until):
         return state, []  # neither at once with everybody, nor before a round can need us
     said = [CheckIn(offer.call, is_in, state.examples) for is_in in _standings(ready, declined)]
-    return replace(state, stands=said[-1], stands_at=state.now), [*said]
+    return state._replace(stands=said[-1], stands_at=state.now), [*said]
 
 
 def _standings(ready: bool, declined: bool) -> list[bool]:
@@ -440,7 +442,7 @@ def _plan_resend(state: Session) -> tuple[Session, list[Action]]:
     if not due:
         return state, []
     later = tuple(_again(u, state.now) if u in due else u for u in state.unreceipted)
-    return replace(state, unreceipted=later), [Resend(u.update) for u in due]
+    return state._replace(unreceipted=later), [Resend(u.update) for u in due]
 
 
 def _again(u: Unreceipted, now: float) -> Unreceipted:

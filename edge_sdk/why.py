@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any, TypeAlias
 
 from edge_sdk import events as ev
@@ -21,7 +20,7 @@ def entries(
     found = [*_happened(before, event)]
     seen = before
     if isinstance(event, ev.Invited) and before.round is None:  # taken up in this very step
-        seen = replace(before, round=Round(event, before.now + event.deadline_s))
+        seen = before._replace(round=Round(event, before.now + event.deadline_s))
     found += [entry for action in actions for entry in _done(seen, after, action)]
     if after.offer is not None and _stance(before) != _stance(after):
         ready, reasons = after.is_ready, list(_stance(after))

@@ -111,7 +111,7 @@ def test_a_training_that_fails_and_a_refused_update_say_why(scene: Scene) -> Non
         scene.coordinator.invite(device.id)
         scene.until(lambda: not scene.coordinator.checkins[-1].ready)
         agent = device._agent
-        agent._session = replace(agent._session, train_retry=session.Retry())
+        agent._session = agent._session._replace(train_retry=session.Retry())
         device._agent.poke()
         scene.training.fail = ""
         scene.until(lambda: scene.coordinator.checkins[-1].ready)
@@ -186,7 +186,7 @@ def test_every_reason_to_decline_has_words(changes: dict[str, Any], reason: str)
     assert declined == {"what": "declined", "round": 6, "reasons": [reason]}
     if reason != "the task's bundle is not here yet" or changes["model"] is None:
         return
-    assert list(reasons(replace(state, refused_bundle=b"b"))) == [
+    assert list(reasons(state._replace(refused_bundle=b"b"))) == [
         "the task's bundle is refused here"
     ]
 
