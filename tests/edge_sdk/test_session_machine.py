@@ -84,7 +84,7 @@ def test_a_standing_check_in_is_repeated_after_a_while() -> None:
 
 
 def test_a_device_with_too_few_examples_never_checks_in_and_declines() -> None:
-    state = replace(ready(), stands=None)
+    state = ready()._replace(stands=None)
     state, actions = run(state, e.ConditionsChanged(hold=True, examples=4))
     assert actions == []
     _, actions = run(state, INVITE)
@@ -320,7 +320,7 @@ def test_a_round_that_was_gone_on_with_makes_way_for_a_newer_invitation_at_once(
 
 
 def test_refused_weights_keep_a_device_out_of_their_rounds_alone() -> None:
-    state = replace(ready(), refused=(W2,))
+    state = ready()._replace(refused=(W2,))
     state, actions = run(state, replace(OFFER, version=2, model=W2))
     assert actions == [NO]
     assert not state.is_ready
