@@ -20,8 +20,9 @@ from hand_bundles import mlp
 from planted import planted
 
 from coordinator import certificates
-from edge_sdk import device_cli, device_config, doctor
-from edge_sdk.doctor import MIB, Board, Finding, examine
+from edge_sdk import device_cli, device_config
+from edge_sdk.doctor import CHECKS, Board, Finding, connection, examine, software
+from edge_sdk.doctor.hardware import MIB
 from edge_sdk.limits import Limits
 
 NOW = dt.datetime(2026, 11, 23, 12, tzinfo=dt.UTC)
@@ -60,10 +61,7 @@ class Bench:
         )
 
     def look(self, check: str, **limits: Any) -> Finding:
-        board, (call, code) = self.board(**limits), doctor._CHECKS[check]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(doctor, "_CHECKS", {check: (call, code)})
-            (found,) = examine(board)
+        (found,) = examine(self.board(**limits), {check: CHECKS[check]})
         return found
 
 
@@ -273,7 +271,7 @@ def test_the_life_of_both_certificates_is_told_and_a_wrong_clock_suspected(bench
         found = bench.look("certificate")
         assert found.state == "ok"
         assert "the broker's certificate is good for" in found.says
-        ends = doctor._life(doctor._certificates(made.certificate)[0])[1]
+        ends = connection._life(connection._certificates(made.certificate)[0])[1]
         bench.now = ends - 5 * DAY
         assert "expires in 5 days" in bench.look("certificate").says
         bench.now = ends + DAY
@@ -297,7 +295,7 @@ def test_every_finding_is_one_line_and_json_has_what_to_do(
     file.write_text('broker = "mqtt://127.0.0.1:1"\ntask = "toy"\nstate = "state"')
     assert device_cli.main(["doctor", "--config", str(file)]) == 4
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(doctor._CHECKS)
+    assert len(lines) == len(CHECKS)
     assert device_cli.main(["doctor", "--config", str(file), "--json"]) == 4
     said = json.loads(capsys.readouterr().out)
     assert {tuple(one) for one in said} == {("check", "ok", "state", "says", "do")}
@@ -308,7 +306,7 @@ def test_every_finding_is_one_line_and_json_has_what_to_do(
 def test_a_package_or_an_engine_that_is_not_there_is_red_with_code_6(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "PACKAGES", ("numpy", "no-such-package"))
+    monkeypatch.setattr(software, "PACKAGES", ("numpy", "no-such-package"))
     found = bench.look("packages")
     assert (found.state, found.code, found.do) == ("fail", 6, "pip install fedge")
     monkeypatch.setattr("edge_sdk.engine.installed", dict)
@@ -317,4 +315,4 @@ def test_a_package_or_an_engine_that_is_not_there_is_red_with_code_6(
 
 def test_the_page_names_every_check() -> None:
     page = (Path(__file__).parents[2] / "docs/how-to/look-after-a-device.md").read_text()
-    assert [name for name in doctor._CHECKS if f"`{name}`" not in page] == []
+    assert [name for name in CHECKS if f"`{name}`" not in page] == []
