@@ -8,36 +8,28 @@ other source of events, so a run is a function of what it was begun with.
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import heapq
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, TypeVarTuple, Unpack
 
 T = TypeVar("T")
+Args = TypeVarTuple("Args")
 
 Report = Callable[[str, BaseException | None], None]
-
-
-class _Nothing:
-    """A selector that hears of nothing, and lets virtual time pass instead of waiting."""
-
-    def __init__(self, loop: VirtualLoop) -> None:
-        self._loop = loop
-
-    def select(self, timeout: float | None) -> list[object]:
-        """Move the clock to the next timer."""
-        if timeout is None:
-            raise RuntimeError("nothing is left to happen: something waits for ever")
-        if timeout > 0:
-            self._loop.now_s += timeout
-        return []
 
 
 class VirtualLoop(asyncio.BaseEventLoop):
     """`asyncio` in virtual time, in one thread. `report` hears of what a callback raised."""
 
+    _ready: deque[asyncio.Handle]
+
     def __init__(self, report: Report) -> None:
         super().__init__()
         self.now_s = 0.0
-        self._selector = _Nothing(self)
+        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
+        self._timers_ever = 0
         self.set_exception_handler(
             lambda _, context: report(str(context["message"]), context.get("exception"))
         )
@@ -45,6 +37,19 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def time(self) -> float:
         """Return the virtual seconds since the start."""
         return self.now_s
+
+    def call_at(
+        self,
+        when: float,
+        callback: Callable[[Unpack[Args]], object],
+        *args: *Args,
+        context: contextvars.Context | None = None,
+    ) -> asyncio.TimerHandle:
+        """Call back at a virtual time; at the same moment, in the order of the calls."""
+        timer = asyncio.TimerHandle(when, callback, args, self, context)
+        self._timers_ever += 1
+        heapq.heappush(self._timers, (when, self._timers_ever, timer))
+        return timer
 
     def run(self, main: Coroutine[Any, Any, T]) -> T:
         """Run `main` to its end, and close the loop."""
@@ -63,8 +68,22 @@ class VirtualLoop(asyncio.BaseEventLoop):
         """Refuse, for the same reason."""
         raise RuntimeError("a simulation has no threads")
 
-    def _process_events(self, event_list: list[object]) -> None:
-        """Do nothing: no socket ever has news."""
+    def _run_once(self) -> None:
+        """Run what is ready; when nothing is, let time pass until the next timer."""
+        if not self._ready:
+            self._ready.append(self._next_timer())
+        for _ in range(len(self._ready)):
+            handle = self._ready.popleft()
+            if not handle.cancelled():
+                handle._run()  # noqa: SLF001 - as the loop that this is one of does
+
+    def _next_timer(self) -> asyncio.TimerHandle:
+        while self._timers:
+            when, _, timer = heapq.heappop(self._timers)
+            if not timer.cancelled():
+                self.now_s = max(self.now_s, when)
+                return timer
+        raise RuntimeError("nothing is left to happen: something waits for ever")
 
 
 async def settled(*some: Awaitable[object]) -> None:

@@ -8,7 +8,6 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -517,7 +516,7 @@ def test_a_fetch_for_which_nothing_comes_is_given_up_and_begun_again(
         scene.coordinator.offer()  # before its parts
         scene.until(lambda: device._agent._session.fetch_retry.at > 0)
         scene.coordinator.publish_model(1, weights_of(BUNDLE, 0.25))
-        device._agent._session = replace(device._agent._session, fetch_retry=Retry())
+        device._agent._session = device._agent._session._replace(fetch_retry=Retry())
         scene.until(lambda: device.version == 1)
 
 
