@@ -3,30 +3,18 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_fleet import BUNDLE, FakeDevice, World, body
+from fake_fleet import BUNDLE, FakeDevice, World, body, play
 
 from coordinator import ledger, pacing, strategy
 from coordinator.pacing import Pace
 from coordinator.task import Task
 from edge_sdk import codec, params, topics
 from edge_sdk.errors import ConfigError
-
-Story = Callable[[World], Awaitable[None]]
-
-
-def play(tmp_path: Path, story: Story) -> World:
-    async def main() -> World:
-        world = World(tmp_path / "store")
-        await story(world)
-        return world
-
-    return asyncio.run(main())
 
 
 def buffer(size: int = 2, concurrency: int = 4, count: int | None = 3, stale: int = 10) -> Pace:

@@ -6,13 +6,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import zlib
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fake_fleet import BUNDLE, FakeDevice, World
+from fake_fleet import BUNDLE, FakeDevice, World, play
 
 from coordinator import pacing
 from coordinator.pacing import Pace
@@ -24,13 +23,6 @@ from edge_sdk.errors import ConfigError
 from edge_sdk.signing import DeviceKey
 
 HUB = DeviceKey.from_seed(b"h" * 32)
-
-
-def play(tmp_path: Path, story: Callable[[World], Awaitable[None]]) -> None:
-    async def main() -> None:
-        await story(World(tmp_path / "store"))
-
-    asyncio.run(main())
 
 
 def pace(count: int) -> Pace:

@@ -8,12 +8,12 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_fleet import BUNDLE, FakeDevice, World
+from fake_fleet import BUNDLE, World, invited, play
 
 from coordinator import ledger, pacing
 from coordinator.cli import main
@@ -30,13 +30,6 @@ from edge_sdk.messages import Update
 PACE = pacing.rounds(cohort=3, quorum=2, deadline_s=60)
 TASK = Task("t", BUNDLE, codec="dense", downlink="dense")
 POISON = 666
-
-
-def play(tmp_path: Path, story: Callable[[World], Awaitable[None]]) -> None:
-    async def main_() -> None:
-        await story(World(tmp_path / "store"))
-
-    asyncio.run(main_())
 
 
 def fails_in(method: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -62,10 +55,6 @@ async def until_later(world: World, condition: Callable[[], object], seconds: fl
         return bool(condition())
 
     await world.until(moved)
-
-
-def invited(devices: list[FakeDevice], number: int) -> Callable[[], bool]:
-    return lambda: all(any(i.round == number for _, i in d.invites) for d in devices)
 
 
 def test_an_update_that_makes_us_fail_is_tried_three_times_and_set_aside(

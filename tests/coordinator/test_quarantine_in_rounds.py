@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_fleet import BUNDLE, FakeDevice, World, body
+from fake_fleet import BUNDLE, FakeDevice, World, body, invited, play
 
 from coordinator import ledger, pacing
 from coordinator.cli import main
@@ -29,17 +27,6 @@ def pace(cohort: int = 3, quorum: int = 2) -> Pace:
 def task(**changes: Any) -> Task:
     options: dict[str, Any] = {"codec": "dense", "downlink": "dense", "quarantine": RULES}
     return Task("t", BUNDLE, **(options | changes))
-
-
-def play(tmp_path: Path, story: Callable[[World], Awaitable[None]]) -> None:
-    async def main_() -> None:
-        await story(World(tmp_path / "store"))
-
-    asyncio.run(main_())
-
-
-def invited(devices: list[FakeDevice], number: int) -> Callable[[], bool]:
-    return lambda: all(any(i.round == number for _, i in d.invites) for d in devices)
 
 
 def was_invited(device: FakeDevice) -> list[int]:

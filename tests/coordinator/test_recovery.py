@@ -11,14 +11,14 @@ import resource
 import socket
 import sqlite3
 import subprocess
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import hand_bundles
 import pytest
-from fake_fleet import BUNDLE, FakeDevice, World
+from fake_fleet import BUNDLE, World, invited
 
 from coordinator import daemon, docket, health, ledger, pacing, replay, schema, store, writer
 from coordinator.cli import main
@@ -129,17 +129,6 @@ def corrupt(_at: Coordinator, folder: Path) -> Iterator[None]:
         writer.transact = whole
 
 
-def play(folder: Path, story: Callable[[World], Awaitable[None]]) -> None:
-    async def main_() -> None:
-        await story(World(folder))
-
-    asyncio.run(main_())
-
-
-def invited(devices: list[FakeDevice], number: int) -> Callable[[], bool]:
-    return lambda: all(any(i.round == number for _, i in d.invites) for d in devices)
-
-
 async def settle(world: World) -> None:
     """Let all that can happen now happen."""
     for _ in range(20):
@@ -192,7 +181,7 @@ def test_in_trouble_no_receipt_is_sent_and_no_round_begins_and_then_all_goes_on(
         assert world.results[1].version == 1
         assert len(world.results[1].late) == 2
 
-    play(folder, story)
+    asyncio.run(story(World(folder)))
     assert [r.holds for r in replay.replay(folder, TASK)] == [True, True]
     counted = [(u["round"], u["device"]) for u in ledger.updates(folder)]
     assert len(counted) == len(set(counted)) == 5
@@ -205,7 +194,7 @@ def test_on_a_disk_that_is_really_full_work_goes_on_once_there_is_room(tmp_path:
     if subprocess.run(mount, check=False, capture_output=True).returncode != 0:
         pytest.skip("a small disk can be mounted by root alone")
     try:
-        play(folder, _fills_up)
+        asyncio.run(_fills_up(World(folder)))
         updates = ledger.updates(folder)
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)

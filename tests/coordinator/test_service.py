@@ -6,13 +6,13 @@ import hashlib
 import subprocess
 import sys
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
-from fake_fleet import BUNDLE, FakeDevice, World, body
+from fake_fleet import BUNDLE, FakeDevice, World, body, invited, play
 
 import coordinator as coordinator_package
 from coordinator import ledger, pacing, sums
@@ -27,8 +27,6 @@ from edge_sdk.errors import ConfigError, StoreError
 from edge_sdk.messages import Update
 from edge_sdk.signing import DeviceKey
 
-Story = Callable[[World], Awaitable[None]]
-
 
 def pace(cohort: int = 4, quorum: int = 2, count: int | None = 3, deadline_s: float = 60) -> Pace:
     return pacing.rounds(cohort=cohort, quorum=quorum, deadline_s=deadline_s, count=count)
@@ -39,21 +37,15 @@ def task(name: str = "t", **changes: object) -> Task:
     return Task(name, BUNDLE, **(options | changes))
 
 
-def play(tmp_path: Path, story: Story) -> World:
-    async def main() -> World:
-        world = World(tmp_path / "store")
-        await story(world)
-        return world
-
-    return asyncio.run(main())
-
-
-def invited(devices: list[FakeDevice], number: int) -> Callable[[], bool]:
-    return lambda: all(any(i.round == number for _, i in d.invites) for d in devices)
-
-
 def answered(device: FakeDevice, count: int = 1) -> Callable[[], bool]:
     return lambda: len(device.receipts) >= count
+
+
+async def all_report(world: World, devices: list[FakeDevice]) -> None:
+    """Let each answer its newest invitation, and wait for the first result."""
+    for device in devices:
+        device.report()
+    await world.until(lambda: world.results)
 
 
 async def full_round(world: World, devices: list[FakeDevice], number: int) -> None:
@@ -61,6 +53,17 @@ async def full_round(world: World, devices: list[FakeDevice], number: int) -> No
     for device in devices:
         device.report(number)
     await world.until(lambda: world.results and world.results[-1].number == number)
+
+
+class FullDisk:
+    """In place of a method of the store: takes nothing, and counts what it refused."""
+
+    def __init__(self) -> None:
+        self.refusals = 0
+
+    async def __call__(self, *_: object) -> NoReturn:
+        self.refusals += 1
+        raise StoreError("cannot write the store: No space left on device")
 
 
 def expected_mean(reports: list[tuple[int, int]], cap: int = 10_000) -> np.ndarray:
@@ -245,9 +248,7 @@ def test_an_update_in_chunks_counts_like_one_in_a_piece(tmp_path: Path) -> None:
         async with world.coordinator((task(), pace())):
             await world.until(invited(devices, 1))
             assert len(devices[0].report_in_chunks(512)) > 1
-            for device in devices[1:]:
-                device.report()
-            await world.until(lambda: world.results)
+            await all_report(world, devices[1:])
         assert devices[0].outcomes() == ["counted"]
         assert len(world.results[0].reported) == 4
 
@@ -288,9 +289,7 @@ def test_a_bad_update_is_answered_with_the_reason_and_the_round_goes_on(
             assert receipt.outcome == ("stale" if "round" in changes else "refused")
             assert reason in receipt.reason
             assert receipt.reason
-            for device in devices:
-                device.report()
-            await world.until(lambda: world.results)
+            await all_report(world, devices)
         assert len(world.results[0].reported) == 4
 
     play(tmp_path, story)
@@ -323,9 +322,7 @@ def test_frames_that_prove_nothing_are_counted_and_not_answered(tmp_path: Path) 
             await world.until(
                 lambda: coordinator.counters["malformed"] + coordinator.counters["forged"] >= 6
             )
-            for each in devices:
-                each.report()
-            await world.until(lambda: world.results)
+            await all_report(world, devices)
             assert coordinator.counters["crashed"] == 0
             assert coordinator.counters["forged"] == 2
         assert devices[0].outcomes() == ["counted"]
@@ -428,11 +425,7 @@ def test_two_tasks_train_at_once_on_one_connection(tmp_path: Path) -> None:
         both = [(task("one"), pace(3, count=2)), (task("two"), pace(3, count=1))]
         async with world.coordinator(*both):
             for number, name in ((1, "one"), (1, "two"), (2, "one")):
-                await world.until(
-                    lambda name=name, number=number: all(
-                        any(t == name and i.round == number for t, i in d.invites) for d in devices
-                    )
-                )
+                await world.until(invited(devices, number, name))
                 for device in devices:
                     device.report(number, name)
             await world.until(lambda: len(world.results) == 3)
@@ -474,9 +467,7 @@ def test_a_device_that_comes_back_is_invited_again(tmp_path: Path) -> None:
             devices[0].send(devices[0].status(online=True), topics.status(devices[0].id))
             devices[0].check_in()
             await world.until(lambda: len(devices[0].invites) == 2)
-            for device in devices:
-                device.report()
-            await world.until(lambda: world.results)
+            await all_report(world, devices)
         assert len(world.results[0].reported) == 3
 
     play(tmp_path, story)
@@ -491,10 +482,7 @@ def test_the_disk_failing_costs_a_receipt_but_no_update(
             await world.until(invited(devices, 1))
             count = coordinator._store.count
 
-            async def full(*_: object) -> object:
-                raise StoreError("cannot write the store: No space left on device")
-
-            monkeypatch.setattr(coordinator._store, "count", full)
+            monkeypatch.setattr(coordinator._store, "count", FullDisk())
             frame = devices[0].report()
             await world.until(lambda: coordinator.counters["store"] == 1)
             assert not devices[0].receipts
@@ -577,9 +565,7 @@ def test_a_message_that_breaks_the_code_is_counted_and_the_round_goes_on(
                 devices[0].report()
             await world.until(lambda: coordinator.counters["crashed"] == 3)
             monkeypatch.undo()
-            for device in devices:
-                device.report()
-            await world.until(lambda: world.results)
+            await all_report(world, devices)
         assert sum("ZeroDivisionError" in r.exc_text for r in caplog.records if r.exc_text) == 1
         assert all(body(1000)[10:30].hex() not in r.getMessage() for r in caplog.records)
 
@@ -656,20 +642,14 @@ def test_a_commit_waits_for_the_disk_however_long_it_takes(
         devices = world.devices(2)
         async with world.coordinator((task(), pace(2, 2, 1))) as coordinator:
             await world.until(invited(devices, 1))
-            refusals = 0
-
-            async def full(*_: object) -> None:
-                nonlocal refusals
-                refusals += 1
-                raise StoreError("cannot write the store: No space left on device")
-
+            full = FullDisk()
             with monkeypatch.context() as patch:
                 patch.setattr(coordinator._store, "commit", full)
                 for device in devices:
                     device.report()
-                await world.until(lambda: refusals == 1)
+                await world.until(lambda: full.refusals == 1)
                 world.clock.advance(2)
-                await world.until(lambda: refusals == 2)
+                await world.until(lambda: full.refusals == 2)
             assert not world.results
             world.clock.advance(2)
             await world.until(lambda: world.results)
@@ -685,22 +665,14 @@ def test_a_broker_that_comes_back_while_the_disk_is_full_hears_all_once_there_is
         devices = world.devices(2)
         async with world.coordinator((task(), pace(2, 2, 1))) as coordinator:
             await world.until(invited(devices, 1))
-            call, refusals = coordinator._intake.desks["t"].call, 0
-
-            async def full(*_: object) -> int:
-                nonlocal refusals
-                refusals += 1
-                raise StoreError("cannot write the store: No space left on device")
-
+            call, full = coordinator._intake.desks["t"].call, FullDisk()
             with monkeypatch.context() as patch:
                 patch.setattr(coordinator._store, "next_call", full)
                 coordinator._reconnected()
-                await world.until(lambda: refusals == 1)
+                await world.until(lambda: full.refusals == 1)
             world.clock.advance(2)
             await world.until(lambda: coordinator._intake.desks["t"].call == call + 1)
-            for device in devices:
-                device.report()
-            await world.until(lambda: world.results)
+            await all_report(world, devices)
 
     play(tmp_path, story)
 
@@ -800,17 +772,11 @@ def test_a_round_is_not_opened_before_the_disk_takes_it(
 ) -> None:
     async def story(world: World) -> None:
         async with world.coordinator((task(), pace(2, 2, 1))) as coordinator:
-            refusals = 0
-
-            async def full(*_: object) -> None:
-                nonlocal refusals
-                refusals += 1
-                raise StoreError("cannot write the store: No space left on device")
-
+            full = FullDisk()
             with monkeypatch.context() as patch:
                 patch.setattr(coordinator._store, "open_round", full)
                 devices = world.devices(2)
-                await world.until(lambda: refusals == 1)
+                await world.until(lambda: full.refusals == 1)
                 assert not devices[0].invites
             world.clock.advance(2)
             await world.until(invited(devices, 1))

@@ -6,11 +6,10 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import threading
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from fake_fleet import BUNDLE, FakeDevice, World
+from fake_fleet import BUNDLE, World, invited, play
 
 from coordinator import pacing, service
 from coordinator.fleet import Known
@@ -24,17 +23,6 @@ TASK = Task("t", BUNDLE, codec="dense", downlink="dense")
 
 def pace(rest_s: float = 0.0, cohort: int = 3, count: int | None = None) -> Pace:
     return pacing.rounds(cohort=cohort, quorum=2, deadline_s=60, rest_s=rest_s, count=count)
-
-
-def play(tmp_path: Path, story: Callable[[World], Awaitable[None]]) -> None:
-    async def main() -> None:
-        await story(World(tmp_path / "store"))
-
-    asyncio.run(main())
-
-
-def invited(devices: list[FakeDevice], number: int) -> Callable[[], bool]:
-    return lambda: all(any(i.round == number for _, i in d.invites) for d in devices)
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import asyncio
 import json
 import sqlite3
 import zlib
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import hand_bundles
 import pytest
-from fake_fleet import BUNDLE, FakeDevice, World
+from fake_fleet import BUNDLE, FakeDevice, World, invited, play
 
 from coordinator import config, ledger, pacing
 from coordinator.cli import main
@@ -40,23 +38,12 @@ def task(**changes: Any) -> Task:
     return Task("t", BUNDLE, **({"codec": "dense", "downlink": "dense"} | changes))
 
 
-def play(tmp_path: Path, story: Callable[[World], Awaitable[None]]) -> None:
-    async def main_() -> None:
-        await story(World(tmp_path / "store"))
-
-    asyncio.run(main_())
-
-
 def fleet_of(world: World, *tags: dict[str, Any] | None) -> list[Tagged]:
     devices = [Tagged(world.broker, i) for i in range(1, len(tags) + 1)]
     for device, said in zip(devices, tags, strict=True):
         device.tags = said
         device.start()
     return devices
-
-
-def invited(devices: list[FakeDevice] | list[Tagged], number: int) -> Callable[[], bool]:
-    return lambda: all(any(i.round == number for _, i in d.invites) for d in devices)
 
 
 def test_only_listed_devices_are_invited(tmp_path: Path) -> None:

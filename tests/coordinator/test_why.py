@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_fleet import BUNDLE, FakeDevice, World, body
+from fake_fleet import BUNDLE, FakeDevice, World, body, invited, play
 
 from coordinator import pacing
 from coordinator.cli import main
@@ -23,17 +21,6 @@ from edge_sdk.errors import ConfigError, StoreError
 PACE = pacing.rounds(cohort=2, quorum=2, deadline_s=60)
 RULES = Rules(strikes=1, window=2, rounds=2)
 TASK = Task("t", BUNDLE, codec="dense", downlink="dense", quarantine=RULES)
-
-
-def play(tmp_path: Path, story: Callable[[World], Awaitable[None]]) -> None:
-    async def main_() -> None:
-        await story(World(tmp_path / "store"))
-
-    asyncio.run(main_())
-
-
-def invited(devices: list[FakeDevice], number: int) -> Callable[[], bool]:
-    return lambda: all(any(i.round == number for _, i in d.invites) for d in devices)
 
 
 def rounds_of(world: World, device: FakeDevice, **options: Any) -> dict[int, dict[str, Any]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -194,3 +194,22 @@ class World:
                 return
             assert loop.time() < deadline, f"not within {within_s} s: {condition}"
             await asyncio.sleep(0.001)
+
+
+Story = Callable[[World], Coroutine[Any, Any, None]]
+
+
+def play(tmp_path: Path, story: Story) -> World:
+    """Run a story in a world of its own, and return that."""
+    world = World(tmp_path / "store")
+    asyncio.run(story(world))
+    return world
+
+
+def invited(
+    devices: Sequence[FakeDevice], number: int, task: str | None = None
+) -> Callable[[], bool]:
+    """Return the claim that each of them has an invitation to a round, of this task or of any."""
+    return lambda: all(
+        any(i.round == number and task in {None, name} for name, i in d.invites) for d in devices
+    )
