@@ -13,6 +13,7 @@ from typing import Any
 import forward_models
 import numpy as np
 import pytest
+from device_scene import Clock
 from hand_bundles import examples, initial, mlp
 from tflite_bundles import lowered
 
@@ -191,13 +192,6 @@ def test_with_fewer_examples_than_it_had_it_begins_anew(
         samples.extend(*examples(40))
     done = train(job)
     assert (done.resumed_at, done.examples) == (0, 40)
-
-
-class Clock:
-    now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
 
 
 def progress(size: int) -> Callable[[], Progress]:

@@ -6,12 +6,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from device_scene import Clock, Scene
 from hand_bundles import examples, mlp
-from scripted_coordinator import TASK, FakeTraining, Scripted, until, weights_of
+from scripted_coordinator import TASK, FakeTraining, Scripted, weights_of
 
 from edge_sdk import files
 from edge_sdk.device import Device
@@ -22,21 +22,16 @@ BUNDLE = mlp(quantized=True)
 X, Y = examples(40)
 
 
-class Clock:
-    """Time that a test moves."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
 def fill(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files, "write_all", full)
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Scene:
+    return Scene(tmp_path, BUNDLE)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -105,73 +100,59 @@ def test_on_a_network_that_loses_and_doubles_each_update_is_settled_and_counted_
 
 
 def test_a_full_disk_stops_training_but_never_predictions(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broker, clock = MemoryBroker(), Clock()
-    coordinator = Scripted(broker.transport("coordinator"), BUNDLE)
-    coordinator.start()
-    options: dict[str, Any] = {"connect": broker.transport, "trainer": FakeTraining()}
-    with Device(
-        "memory", task=TASK, state=tmp_path, bundle=BUNDLE, clock=clock, **options
-    ) as device:
-        device.learn_many(X, Y)
-        coordinator.publish_model(0, weights_of(BUNDLE))
-        until(lambda: coordinator.checkins and coordinator.checkins[-1].ready, broker)
+    clock, coordinator = Clock(), scene.coordinator
+    with scene.device(clock=clock) as device:
+        scene.ready(device)
         before = device.predict(X)
         with monkeypatch.context() as patch:
             fill(patch)
             coordinator.invite(device.id)
-            until(lambda: not coordinator.checkins[-1].ready, broker)
+            scene.until(lambda: not scene.is_ready())
             coordinator.publish_model(1, weights_of(BUNDLE, 0.25))
-            until(lambda: device._agent._session.fetch_retry.at > 0, broker)
+            scene.until(lambda: device._agent._session.fetch_retry.at > 0)
             np.testing.assert_array_equal(device.predict(X), before)
             assert coordinator.updates == []
         clock.now += 60
         device._agent.poke()
-        until(lambda: device.version == 1, broker)
-        until(lambda: coordinator.checkins[-1].ready, broker)
+        scene.until(lambda: device.version == 1)
+        scene.until(scene.is_ready)
         coordinator.invite(device.id)
-        until(lambda: device.status()["receipts"] == {"counted": 1}, broker)
+        scene.until(lambda: device.status()["receipts"] == {"counted": 1})
 
 
 def test_with_a_full_disk_a_known_device_starts_and_predicts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broker = MemoryBroker()
-    options: dict[str, Any] = {"connect": broker.transport, "trainer": FakeTraining()}
-    with Device("memory", task=TASK, state=tmp_path, bundle=BUNDLE, **options) as device:
+    with scene.device() as device:
         before = device.predict(X)
     fill(monkeypatch)
-    with Device("memory", task=TASK, state=tmp_path, bundle=BUNDLE, **options) as device:
+    with scene.device() as device:
         np.testing.assert_array_equal(device.predict(X), before)
 
 
 def test_power_lost_between_residual_and_outbox_settles_the_same_update_once_more(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broker = MemoryBroker()
-    coordinator = Scripted(broker.transport("coordinator"), BUNDLE)
-    coordinator.start()
-    options: dict[str, Any] = {"connect": broker.transport, "trainer": FakeTraining()}
-    with Device("memory", task=TASK, state=tmp_path, bundle=BUNDLE, **options) as device:
-        device.learn_many(X, Y)
-        coordinator.publish_model(0, weights_of(BUNDLE))
-        until(lambda: coordinator.checkins and coordinator.checkins[-1].ready, broker)
+    coordinator = scene.coordinator
+    with scene.device() as device:
+        scene.ready(device)
 
         def off(*_: object) -> None:
             raise StoreError("power lost")
 
         monkeypatch.setattr(device._agent._outbox, "remove", off)
         coordinator.invite(device.id, codec=[["ef"], ["deadzone", 2.0]])
-        until(lambda: device._store.residual() is not None, broker)
+        scene.until(lambda: device._store.residual() is not None)
         kept = device._store.residual()
     coordinator.outcome = None
-    with Device("memory", task=TASK, state=tmp_path, bundle=BUNDLE, **options) as device:
-        until(lambda: len(coordinator.updates) == 2, broker)
+    with scene.device() as device:
+        scene.until(lambda: len(coordinator.updates) == 2)
         (_, first), (_, again) = coordinator.updates
         assert first == again
         coordinator.receipt(device.id, again, "duplicate", counted=first)
-        until(lambda: device.status()["outbox"] == 0, broker)
+        scene.until(lambda: device.status()["outbox"] == 0)
         assert device._store.residual() == kept
 
 
@@ -182,31 +163,24 @@ def test_a_state_folder_that_cannot_be_written_is_a_one_line_error(tmp_path: Pat
 
 
 def test_a_receipt_that_meets_a_full_disk_is_asked_for_again_once_there_is_room(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broker, clock = MemoryBroker(), Clock()
-    coordinator = Scripted(broker.transport("coordinator"), BUNDLE)
-    coordinator.start()
-    options: dict[str, Any] = {"connect": broker.transport, "trainer": FakeTraining()}
-    with Device(
-        "memory", task=TASK, state=tmp_path, bundle=BUNDLE, clock=clock, **options
-    ) as device:
-        device.learn_many(X, Y)
-        coordinator.publish_model(0, weights_of(BUNDLE))
-        until(lambda: coordinator.checkins and coordinator.checkins[-1].ready, broker)
+    clock, coordinator = Clock(), scene.coordinator
+    with scene.device(clock=clock) as device:
+        scene.ready(device)
         coordinator.outcome = None
         coordinator.invite(device.id, codec=[["ef"], ["deadzone", 2.0]])
-        until(lambda: coordinator.updates, broker)
+        scene.until(lambda: coordinator.updates)
         update = coordinator.updates[0][1]
         with monkeypatch.context() as patch:
             fill(patch)
             coordinator.receipt(device.id, update, "counted")
-            until(lambda: device.status()["receipts"] == {"counted": 1}, broker)
-            until(lambda: device._agent._session.unreceipted, broker)
+            scene.until(lambda: device.status()["receipts"] == {"counted": 1})
+            scene.until(lambda: device._agent._session.unreceipted)
             assert device.status()["outbox"] == 1
         clock.now += 60
         device._agent.poke()
-        until(lambda: len(coordinator.updates) == 2, broker)
+        scene.until(lambda: len(coordinator.updates) == 2)
         coordinator.receipt(device.id, update, "duplicate", counted=update)
-        until(lambda: device.status()["outbox"] == 0, broker)
+        scene.until(lambda: device.status()["outbox"] == 0)
         assert device._store.residual() is not None

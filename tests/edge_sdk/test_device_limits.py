@@ -3,80 +3,50 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from device_scene import Clock, Scene
 from hand_bundles import examples, mlp
-from scripted_coordinator import TASK, FakeTraining, Scripted, until, weights_of
+from scripted_coordinator import weights_of
 
 from edge_sdk import device_cli, device_config, errand
 from edge_sdk.device import Device
 from edge_sdk.errors import ConfigError, RefusedError
 from edge_sdk.limits import Limits
 from edge_sdk.messages import Invite
-from edge_sdk.transport.memory import MemoryBroker
 from edge_sdk.usage import DAY_S
 
 BUNDLE = mlp(quantized=True)
 X, Y = examples(40)
 
 
-class Hands:
-    """A clock that a test moves."""
+class Limited(Scene):
+    """A device with limits, on a board made of files."""
 
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
-class Scene:
     def __init__(self, folder: Path) -> None:
-        self.folder, self.clock = folder, Hands()
-        self.broker = MemoryBroker()
-        self.coordinator = Scripted(self.broker.transport("coordinator"), BUNDLE)
-        self.coordinator.start()
-        self.training = FakeTraining()
+        super().__init__(folder / "state", BUNDLE)
+        self.root, self.clock = folder / "root", Clock(1000.0)
 
-    @contextlib.contextmanager
-    def device(self, **limits: Any) -> Iterator[Device]:
-        with Device(
-            "memory",
-            task=TASK,
-            state=self.folder / "state",
-            connect=self.broker.transport,
-            bundle=BUNDLE,
-            trainer=self.training,
-            limits=Limits(**limits),
-            clock=self.clock,
-            root=self.folder / "root",
-        ) as device:
-            device.learn_many(X, Y)
-            yield device
-
-    def until(self, claim: Callable[[], object]) -> None:
-        until(claim, self.broker)
-
-    def is_ready(self) -> bool:
-        return bool(self.coordinator.checkins) and self.coordinator.checkins[-1].ready
+    def device(self, **limits: Any) -> Device:
+        device = super().device(limits=Limits(**limits), clock=self.clock, root=self.root)
+        device.learn_many(X, Y)
+        return device
 
     def board(self, path: str, text: str) -> None:
-        file = self.folder / "root" / path
+        file = self.root / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
 
 
 @pytest.fixture
-def scene(tmp_path: Path) -> Scene:
-    return Scene(tmp_path)
+def scene(tmp_path: Path) -> Limited:
+    return Limited(tmp_path)
 
 
-def test_a_device_whose_bytes_are_used_up_stands_aside_until_the_next_day(scene: Scene) -> None:
+def test_a_device_whose_bytes_are_used_up_stands_aside_until_the_next_day(scene: Limited) -> None:
     scene.coordinator.publish_model(0, weights_of(BUNDLE))
     with scene.device(max_bytes_per_day=5000) as device:
         scene.until(scene.is_ready)
@@ -104,7 +74,7 @@ def test_a_device_whose_bytes_are_used_up_stands_aside_until_the_next_day(scene:
         scene.until(scene.is_ready)
 
 
-def test_the_use_of_a_day_survives_a_restart(scene: Scene) -> None:
+def test_the_use_of_a_day_survives_a_restart(scene: Limited) -> None:
     scene.coordinator.publish_model(0, weights_of(BUNDLE))
     with scene.device(max_minutes_per_day=1) as device:
         scene.until(scene.is_ready)
@@ -124,7 +94,7 @@ def test_the_use_of_a_day_survives_a_restart(scene: Scene) -> None:
         assert not device.status()["ready"]
 
 
-def test_too_warm_or_on_battery_it_does_not_train(scene: Scene) -> None:
+def test_too_warm_or_on_battery_it_does_not_train(scene: Limited) -> None:
     scene.coordinator.publish_model(0, weights_of(BUNDLE))
     scene.board("sys/class/thermal/thermal_zone0/temp", "71000")
     scene.board("sys/class/power_supply/battery/type", "Battery")

@@ -3,19 +3,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import pathlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from device_scene import Scene
 from hand_bundles import examples, mlp
 from planted import both, node, output, planted
-from scripted_coordinator import TASK, FakeTraining, Scripted, until, weights_of
+from scripted_coordinator import TASK, weights_of
 
 from edge_sdk import device_cli, device_config, inspect_cli
 from edge_sdk import events as e
@@ -25,7 +24,6 @@ from edge_sdk.errors import ConfigError
 from edge_sdk.limits import Limits
 from edge_sdk.local import NoModelError
 from edge_sdk.session import Session, step
-from edge_sdk.transport.memory import MemoryBroker
 
 GOOD = mlp()
 BAD = planted(GOOD, "train", both(node("Identity", ["x"], ["leak"]), output("leak", [None, 6])))
@@ -34,42 +32,31 @@ REFUSED = {"bundle": BAD.digest, "reason": REASON}
 X, Y = examples(40)
 
 
-class Scene:
-    """A broker and a coordinator that offers a bundle, good or bad."""
+class Tempted(Scene):
+    """A device that begins without a bundle, and a coordinator that offers a good or a bad one."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.broker = MemoryBroker()
-        self.coordinator = Scripted(self.broker.transport("coordinator"), GOOD)
-        self.coordinator.start()
+    def __init__(self, state: Path) -> None:
+        super().__init__(state, GOOD)
 
-    @contextlib.contextmanager
-    def device(self, **options: Any) -> Iterator[Device]:
-        options = {"trainer": FakeTraining()} | options
-        with Device(
-            "memory", task=TASK, state=self.folder, connect=self.broker.transport, **options
-        ) as device:
-            yield device
+    def device(self, **options: Any) -> Device:
+        return super().device(**{"bundle": None} | options)
 
     def offer(self, bundle: Bundle, version: int = 0, shift: float = 0.0) -> None:
         self.coordinator.bundle = bundle
         self.coordinator.publish_model(version, weights_of(bundle, shift))
 
-    def until(self, claim: Any) -> None:
-        until(claim, self.broker)
-
     def written(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self.folder / "status.json").read_text())
+        found: dict[str, Any] = json.loads((self.state / "status.json").read_text())
         return found
 
 
 @pytest.fixture
-def scene(tmp_path: Path) -> Scene:
-    return Scene(tmp_path / "state")
+def scene(tmp_path: Path) -> Tempted:
+    return Tempted(tmp_path / "state")
 
 
 def test_an_offered_bundle_that_fails_is_never_kept_or_run(
-    scene: Scene, caplog: pytest.LogCaptureFixture
+    scene: Tempted, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING), scene.device() as device:
         scene.offer(BAD)
@@ -78,16 +65,16 @@ def test_an_offered_bundle_that_fails_is_never_kept_or_run(
         scene.until(lambda: scene.written()["refused"] == REFUSED)
         with pytest.raises(NoModelError):
             device.predict(X[0])
-        assert list((scene.folder / "bundles").iterdir()) == []
+        assert list((scene.state / "bundles").iterdir()) == []
     (line,) = (r.getMessage() for r in caplog.records if "bundle refused" in r.getMessage())
     assert line == f"bundle refused digest={BAD.digest[:12]} reason={REASON}"
 
 
-def test_the_model_in_use_goes_on_and_another_bundle_is_taken(scene: Scene) -> None:
+def test_the_model_in_use_goes_on_and_another_bundle_is_taken(scene: Tempted) -> None:
     with scene.device(bundle=GOOD) as device:
         device.learn_many(X, Y)
         scene.offer(GOOD)
-        scene.until(lambda: scene.coordinator.checkins and scene.coordinator.checkins[-1].ready)
+        scene.until(scene.is_ready)
         before = device.predict(X)
         scene.offer(BAD, 1, 1.0)
         scene.until(lambda: device.status()["refused"])
@@ -105,7 +92,7 @@ def test_the_model_in_use_goes_on_and_another_bundle_is_taken(scene: Scene) -> N
         scene.until(lambda: scene.coordinator.checkins[-1].ready)
 
 
-def test_new_weights_for_a_refused_bundle_are_not_fetched(scene: Scene) -> None:
+def test_new_weights_for_a_refused_bundle_are_not_fetched(scene: Tempted) -> None:
     with scene.device() as device:
         scene.offer(BAD)
         scene.until(lambda: device.status()["refused"])
@@ -117,7 +104,7 @@ def test_new_weights_for_a_refused_bundle_are_not_fetched(scene: Scene) -> None:
         assert device.version is None
 
 
-def test_a_given_bundle_that_fails_does_not_stop_the_device(scene: Scene) -> None:
+def test_a_given_bundle_that_fails_does_not_stop_the_device(scene: Tempted) -> None:
     with scene.device(bundle=BAD) as device:
         assert device.model is None
         assert device.status()["refused"] == REFUSED
@@ -129,7 +116,7 @@ def test_a_given_bundle_that_fails_does_not_stop_the_device(scene: Scene) -> Non
         assert device.status()["bundle"] == GOOD.digest
 
 
-def test_limits_that_were_lowered_stop_a_bundle_that_ran_before(scene: Scene) -> None:
+def test_limits_that_were_lowered_stop_a_bundle_that_ran_before(scene: Tempted) -> None:
     with scene.device(bundle=GOOD) as device:
         assert device.version == 0
     with scene.device(limits=Limits(max_flops_step=1)) as device:
@@ -143,7 +130,7 @@ def test_limits_that_were_lowered_stop_a_bundle_that_ran_before(scene: Scene) ->
         assert device.version == 0
 
 
-def test_a_bundle_is_judged_once(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bundle_is_judged_once(scene: Tempted, monkeypatch: pytest.MonkeyPatch) -> None:
     judged: list[str] = []
     check = Bundle.check
 
@@ -201,12 +188,12 @@ def test_inspect_says_what_a_device_would_do(
 
 
 def test_status_shows_the_refusal(
-    scene: Scene, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    scene: Tempted, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with scene.device(bundle=BAD):
         pass
     config = tmp_path / "device.toml"
-    config.write_text(f'broker = "mqtt://localhost"\ntask = "{TASK}"\nstate = "{scene.folder}"\n')
+    config.write_text(f'broker = "mqtt://localhost"\ntask = "{TASK}"\nstate = "{scene.state}"\n')
     assert device_cli.main(["status", "--config", str(config)]) == 0
     (row,) = (r for r in capsys.readouterr().out.splitlines() if r.startswith("refused"))
     assert row == f"{'refused':<20} bundle {BAD.digest}, reason {REASON}"

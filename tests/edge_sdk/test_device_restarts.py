@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from device_scene import Clock
 from hand_bundles import examples, mlp
 from scripted_coordinator import TASK, FakeTraining, Scripted, until, weights_of
 
@@ -31,21 +32,11 @@ BUNDLE = mlp(quantized=True)
 X, Y = examples(40)
 
 
-class Clock:
-    """Time that a test moves, and that goes on over restarts as the kernel's does."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
 class Life:
     """Lives of one device, driven by hand: `kill` ends one as SIGKILL does."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.clock, self.broker = folder, Clock(), MemoryBroker()
+        self.folder, self.clock, self.broker = folder, Clock(1000.0), MemoryBroker()
         self.coordinator = Scripted(self.broker.transport("coordinator"), BUNDLE)
         self.coordinator.start()
         self.training = FakeTraining()

@@ -3,18 +3,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from device_scene import Scene
 from hand_bundles import examples, mlp
-from scripted_coordinator import TASK, FakeTraining, Scripted, until, weights_of
+from scripted_coordinator import TASK, Scripted, weights_of
 
 from edge_sdk import chunks, codec, messages, params, topics
 from edge_sdk import conditions as when
@@ -25,38 +24,9 @@ from edge_sdk.model import Model
 from edge_sdk.session import Retry
 from edge_sdk.signing import DeviceKey
 from edge_sdk.store import Residual
-from edge_sdk.transport.memory import MemoryBroker
 
 BUNDLE = mlp(quantized=True)
 X, Y = examples(40)
-
-
-class Scene:
-    """A broker, a coordinator, and what makes devices."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.broker = MemoryBroker()
-        self.coordinator = Scripted(self.broker.transport("coordinator"), BUNDLE)
-        self.coordinator.start()
-        self.training = FakeTraining()
-
-    @contextlib.contextmanager
-    def device(self, **options: Any) -> Iterator[Device]:
-        options = {"bundle": BUNDLE, "trainer": self.training} | options
-        with Device(
-            "memory", task=TASK, state=self.folder, connect=self.broker.transport, **options
-        ) as device:
-            yield device
-
-    def until(self, claim: Callable[[], object]) -> None:
-        until(claim, self.broker)
-
-    def ready(self, device: Device) -> None:
-        """Give examples and a model; wait until the device has checked in."""
-        device.learn_many(X, Y)
-        self.coordinator.publish_model(0, weights_of(BUNDLE))
-        self.until(lambda: self.coordinator.checkins and self.coordinator.checkins[-1].ready)
 
 
 PACKET = 320
@@ -70,7 +40,7 @@ def small_packets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def scene(tmp_path: Path) -> Scene:
-    return Scene(tmp_path / "state")
+    return Scene(tmp_path / "state", BUNDLE)
 
 
 def test_a_device_predicts_with_its_bundle_before_any_broker_is_there(scene: Scene) -> None:
@@ -136,7 +106,7 @@ def test_a_round_from_invitation_to_receipt(scene: Scene) -> None:
         assert device.status()["last_receipt"] == {"round": 1, "outcome": "counted", "reason": ""}
     scene.until(lambda: not scene.coordinator.statuses[-1].online)
     assert len(scene.coordinator.updates) == 1
-    status = json.loads((scene.folder / "status.json").read_text())
+    status = json.loads((scene.state / "status.json").read_text())
     assert status["rounds"] == 1
     assert status["bytes_up"] > len(update.body)
     assert status["rss_peak_kib"] > 10_000
@@ -408,7 +378,7 @@ def test_examples_never_leave_the_device(scene: Scene) -> None:
     planted += [value.tobytes() for value in canary[:3]] + [b"1234.5", b"31337"]
     for payload in scene.coordinator.payloads:
         assert not any(trace in payload for trace in planted)
-    ring = next((scene.folder / "samples").glob("*.ring"))
+    ring = next((scene.state / "samples").glob("*.ring"))
     assert canary.tobytes() in ring.read_bytes()  # the net would have caught it
 
 
@@ -435,7 +405,7 @@ def test_whatever_is_damaged_the_device_starts_and_takes_part(scene: Scene, name
         scene.until(lambda: device.version == 1)
         scene.coordinator.invite(device.id, codec=[["ef"], ["deadzone", 2.0]])
         scene.until(lambda: scene.coordinator.updates)
-    path = scene.folder / name
+    path = scene.state / name
     for file in path.iterdir() if path.is_dir() else [path]:
         file.write_bytes(b"\xff\x00damage" * 3)
     scene.coordinator.outcome = "counted"
@@ -558,11 +528,11 @@ def test_an_app_whose_callback_fails_goes_on(scene: Scene) -> None:
 
 def test_a_wrong_setting_is_a_config_error_and_the_folder_is_free_again(scene: Scene) -> None:
     with pytest.raises(ConfigError, match="task"):
-        Device("mqtt://localhost", task="No Task", state=scene.folder)
+        Device("mqtt://localhost", task="No Task", state=scene.state)
     with pytest.raises(ConfigError, match="coordinator_key"):
-        Device("mqtt://localhost", task=TASK, state=scene.folder, coordinator_key="ab")
+        Device("mqtt://localhost", task=TASK, state=scene.state, coordinator_key="ab")
     with pytest.raises(ConfigError, match="broker"):
-        Device("http://localhost", task=TASK, state=scene.folder)
+        Device("http://localhost", task=TASK, state=scene.state)
     with scene.device(), pytest.raises(StoreError, match="another process"), scene.device():
         pass
     with scene.device(conditions=when.never & when.idle):

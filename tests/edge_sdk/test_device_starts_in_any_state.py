@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from device_scene import Clock
 from hand_bundles import examples, mlp
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,13 +36,6 @@ EF = [["ef"], ["deadzone", 2.0]]
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare the disk: no power is cut here."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
-
-
-class Clock:
-    now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
 
 
 class Scene:

@@ -9,64 +9,45 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hand_bundles import examples, mlp
-from scripted_coordinator import TASK, FakeTraining, Scripted, until, weights_of
+from device_scene import Scene
+from hand_bundles import mlp
+from scripted_coordinator import TASK, weights_of
 
 from edge_sdk import conditions as when
 from edge_sdk import device_cli, journal, session
 from edge_sdk import events as ev
-from edge_sdk.device import Device
 from edge_sdk.journal import Journal
 from edge_sdk.session import Session, Unreceipted
 from edge_sdk.transport import Counters
-from edge_sdk.transport.memory import MemoryBroker
 from edge_sdk.why import entries, line, reasons
 
 BUNDLE = mlp(quantized=True)
-X, Y = examples(40)
 OFFER = ev.Offered(1, 5, 3, b"b", b"m")
 MODEL = ev.ModelReady(b"b", b"m", 3)
 
 
-class Scene:
-    """A device over a broker in memory, and what its journal says."""
+class Diary(Scene):
+    """A device, and what its journal says."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.broker = MemoryBroker()
-        self.coordinator = Scripted(self.broker.transport("coordinator"), BUNDLE)
-        self.coordinator.start()
-        self.training = FakeTraining()
+        super().__init__(folder / "state", BUNDLE)
         self.config = folder / "device.toml"
         self.config.write_text(f'broker = "mqtt://hub"\ntask = "{TASK}"\nstate = "state"')
 
-    def device(self, **options: Any) -> Device:
-        options = {"bundle": BUNDLE, "trainer": self.training} | options
-        state = self.folder / "state"
-        return Device("memory", task=TASK, state=state, connect=self.broker.transport, **options)
-
-    def until(self, claim: Any) -> None:
-        until(claim, self.broker)
-
-    def ready(self, device: Device) -> None:
-        device.learn_many(X, Y)
-        self.coordinator.publish_model(0, weights_of(BUNDLE))
-        self.until(lambda: self.coordinator.checkins and self.coordinator.checkins[-1].ready)
-
     def told(self) -> list[dict[str, Any]]:
-        return list(journal.read(self.folder / "state/why"))
+        return list(journal.read(self.state / "why"))
 
     def facts(self, *kinds: str) -> list[dict[str, Any]]:
         return [entry for entry in self.told() if entry["what"] in kinds]
 
 
 @pytest.fixture
-def scene(tmp_path: Path) -> Scene:
-    return Scene(tmp_path)
+def scene(tmp_path: Path) -> Diary:
+    return Diary(tmp_path)
 
 
 def test_a_round_is_told_from_invitation_to_receipt_with_its_bytes(
-    scene: Scene, capsys: pytest.CaptureFixture[str]
+    scene: Diary, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with scene.device() as device:
         scene.ready(device)
@@ -91,7 +72,7 @@ def test_a_round_is_told_from_invitation_to_receipt_with_its_bytes(
     assert len([json.loads(one) for one in capsys.readouterr().out.splitlines()]) == 2
 
 
-def test_a_decline_names_the_condition_that_did_not_hold(scene: Scene) -> None:
+def test_a_decline_names_the_condition_that_did_not_hold(scene: Diary) -> None:
     holds = [True]
     with scene.device(conditions=when.Condition("shutter_is_open", lambda _: holds[0])) as device:
         scene.ready(device)
@@ -104,7 +85,7 @@ def test_a_decline_names_the_condition_that_did_not_hold(scene: Scene) -> None:
     assert line(declined) == "declined: shutter_is_open"
 
 
-def test_a_training_that_fails_and_a_refused_update_say_why(scene: Scene) -> None:
+def test_a_training_that_fails_and_a_refused_update_say_why(scene: Diary) -> None:
     with scene.device() as device:
         scene.ready(device)
         scene.training.fail = "no memory on tuesdays"
@@ -127,7 +108,7 @@ def test_a_training_that_fails_and_a_refused_update_say_why(scene: Scene) -> Non
     assert line(receipt).startswith("receipt: refused: its norm is 1e9")
 
 
-def test_switches_of_models_and_restarts_are_told(scene: Scene) -> None:
+def test_switches_of_models_and_restarts_are_told(scene: Diary) -> None:
     with scene.device() as device:
         scene.ready(device)
         scene.coordinator.publish_model(1, weights_of(BUNDLE, 0.125))
@@ -282,9 +263,9 @@ def test_a_quiet_device_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_board_whose_clock_was_never_set_tells_times_since_its_boot(
-    tmp_path: Path, scene: Scene, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, scene: Diary, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    book(scene.folder / "state/why", wall=90.0).flush()
+    book(scene.state / "why", wall=90.0).flush()
     assert device_cli.main(["why", "--config", str(scene.config)]) == 0
     assert "start 3,       7 s" in capsys.readouterr().out
 
@@ -309,6 +290,6 @@ def test_a_full_disk_costs_the_journal_alone(tmp_path: Path) -> None:
     assert len(list(journal.read(tmp_path / "why"))) == 1
 
 
-def test_nothing_told_is_said_so(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_told_is_said_so(scene: Diary, capsys: pytest.CaptureFixture[str]) -> None:
     assert device_cli.main(["why", "--config", str(scene.config)]) == 0
     assert "nothing to tell yet" in capsys.readouterr().out

@@ -13,32 +13,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+from device_scene import Clock, Scene
 from hand_bundles import examples, mlp
 from hypothesis import given
 from hypothesis import strategies as st
-from scripted_coordinator import TASK, FakeTraining, Scripted, until, weights_of
+from scripted_coordinator import weights_of
 
 from edge_sdk import files, trial
 from edge_sdk.bundle import Bundle
-from edge_sdk.device import Device
 from edge_sdk.errors import ConfigError, EngineError, StoreError
 from edge_sdk.local import Local, Runtime
 from edge_sdk.model import Model
 from edge_sdk.slots import REFUSED_KEPT, ModelName, Slots
 from edge_sdk.store import Store
-from edge_sdk.transport.memory import MemoryBroker
 from edge_sdk.trial import FAULTS, OnTrial, Terms
 
 BUNDLE = mlp()
 X, Y = examples(40)
 DIGEST = bytes.fromhex(BUNDLE.digest)
-
-
-class Clock:
-    now = 100.0
-
-    def monotonic(self) -> float:
-        return self.now
 
 
 class Broken:
@@ -331,35 +323,31 @@ def test_lost_weights_cost_no_more_than_that_model(tmp_path: Path, lost: str) ->
 
 
 def test_a_device_goes_back_tells_and_sits_that_version_out(tmp_path: Path) -> None:
-    broker, clock, runtime = MemoryBroker(), Clock(), Breaking()
-    coordinator = Scripted(broker.transport("coordinator"), BUNDLE)
-    coordinator.start()
-    options: dict[str, Any] = {"connect": broker.transport, "trainer": FakeTraining()}
-    with Device(
-        "memory", task=TASK, state=tmp_path, bundle=BUNDLE, clock=clock, **options
-    ) as device:
+    scene, runtime = Scene(tmp_path, BUNDLE), Breaking()
+    coordinator = scene.coordinator
+    with scene.device(clock=Clock(100.0)) as device:
         device._local._runtime = runtime
         device.learn_many(X, Y)
         seen: list[int] = []
         device.when_updated = lambda model: seen.append(model.version)
         coordinator.publish_model(1, weights_of(BUNDLE, 0.25))
-        until(lambda: device.version == 1, broker)
-        until(lambda: coordinator.checkins and coordinator.checkins[-1].ready, broker)
+        scene.until(lambda: device.version == 1)
+        scene.until(scene.is_ready)
         runtime.made[1].fate = "nan"
         for _ in range(FAULTS):
             device.predict(X)
-        until(lambda: device.version == 0, broker)
-        until(lambda: not coordinator.checkins[-1].ready, broker)
+        scene.until(lambda: device.version == 0)
+        scene.until(lambda: not scene.is_ready())
         status = device.status()
         assert [r["version"] for r in status["models_refused"]] == [1]
         assert "not finite" in status["models_refused"][0]["reason"]
         assert seen == [1, 0]
         coordinator.publish_model(2, weights_of(BUNDLE, 0.125))
-        until(lambda: device.version == 2, broker)
-        until(lambda: coordinator.checkins[-1].ready, broker)
-    with Device("memory", task=TASK, state=tmp_path, bundle=BUNDLE, **options) as device:
+        scene.until(lambda: device.version == 2)
+        scene.until(scene.is_ready)
+    with scene.device() as device:
         coordinator.publish_model(1, weights_of(BUNDLE, 0.25))
-        until(lambda: device.online, broker)
+        scene.until(lambda: device.online)
         assert device._agent._session.refused == (
             hashlib.sha256(weights_of(BUNDLE, 0.25)).digest(),
         )

@@ -6,29 +6,20 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
+from device_scene import Clock, Scene
 from hand_bundles import examples, mlp
-from scripted_coordinator import TASK, FakeTraining, Scripted, until, weights_of
+from scripted_coordinator import weights_of
 
-from edge_sdk.device import Device
 from edge_sdk.errors import StoreError
 from edge_sdk.limits import Limits
 from edge_sdk.outbox import STALE_ROUNDS, Entry, Outbox
 from edge_sdk.quota import LEFT_TO_OTHERS, Quota
-from edge_sdk.transport.memory import MemoryBroker
 
 BUNDLE = mlp()
-X, Y = examples(40)
-
-
-class Clock:
-    now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
+X, _ = examples(40)
 
 
 def filled(folder: Path) -> Path:
@@ -98,11 +89,7 @@ def test_an_update_for_which_the_disk_has_no_room_is_refused_whole(tmp_path: Pat
 def test_examples_take_half_of_what_is_allowed_at_the_most(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    limits, broker = Limits(max_disk_bytes=40_000), MemoryBroker()
-    options: dict[str, Any] = {"connect": broker.transport, "trainer": FakeTraining()}
-    with Device(
-        "memory", task=TASK, state=tmp_path, bundle=BUNDLE, limits=limits, **options
-    ) as device:
+    with Scene(tmp_path, BUNDLE).device(limits=Limits(max_disk_bytes=40_000)) as device:
         device.learn_many(*examples(1000))
         assert device.examples == 20_000 // (16 + 24 + 8)
         assert "max_disk_bytes has no room for more" in caplog.text
@@ -110,31 +97,24 @@ def test_examples_take_half_of_what_is_allowed_at_the_most(
 
 
 def test_a_device_without_room_sits_out_answers_and_comes_back_by_itself(tmp_path: Path) -> None:
-    broker, clock = MemoryBroker(), Clock()
-    coordinator = Scripted(broker.transport("coordinator"), BUNDLE)
-    coordinator.start()
-    options: dict[str, Any] = {"connect": broker.transport, "trainer": FakeTraining()}
-    limits = Limits(max_disk_bytes=300_000)
-    with Device(
-        "memory", task=TASK, state=tmp_path, bundle=BUNDLE, clock=clock, limits=limits, **options
-    ) as device:
-        device.learn_many(X, Y)
-        coordinator.publish_model(0, weights_of(BUNDLE))
-        until(lambda: coordinator.checkins and coordinator.checkins[-1].ready, broker)
+    scene, clock = Scene(tmp_path, BUNDLE), Clock()
+    coordinator = scene.coordinator
+    with scene.device(clock=clock, limits=Limits(max_disk_bytes=300_000)) as device:
+        scene.ready(device)
         (tmp_path / "somebody.elses").write_bytes(b"x" * 280_000)
         clock.now += 20
         device._agent.poke()
-        until(lambda: not coordinator.checkins[-1].ready, broker)
+        scene.until(lambda: not scene.is_ready())
         assert device.status()["conditions_lapsed"] == ["disk"]
         assert np.isfinite(device.predict(X)).all()
         (tmp_path / "somebody.elses").write_bytes(b"x" * 299_000)
         coordinator.publish_model(1, weights_of(BUNDLE, 0.5))
-        until(lambda: device._agent._session.fetch_retry.at > clock.now, broker)
+        scene.until(lambda: device._agent._session.fetch_retry.at > clock.now)
         assert device.version == 0
         (tmp_path / "somebody.elses").unlink()
         clock.now += 20
         device._agent.poke()
-        until(lambda: device.version == 1, broker)
-        until(lambda: coordinator.checkins[-1].ready, broker)
+        scene.until(lambda: device.version == 1)
+        scene.until(scene.is_ready)
         coordinator.invite(device.id)
-        until(lambda: device.status()["receipts"] == {"counted": 1}, broker)
+        scene.until(lambda: device.status()["receipts"] == {"counted": 1})
