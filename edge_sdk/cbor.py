@@ -23,6 +23,8 @@ Value: TypeAlias = "int | float | bool | str | bytes | list[Value] | dict[int | 
 _UINT, _NEGATIVE, _BYTES, _TEXT, _ARRAY, _MAP, _TAG, _SIMPLE = range(8)
 _FALSE, _TRUE, _NULL, _FLOAT32, _FLOAT64 = 0xF4, 0xF5, 0xF6, 0xFA, 0xFB
 _WIDTHS = {24: 1, 25: 2, 26: 4, 27: 8}
+_SHORT = [[bytes((major << 5 | size,)) for size in range(24)] for major in range(_SIMPLE)]
+"""The heads of one byte."""
 _MAX_FLOAT32 = 3.4028234663852886e38
 
 
@@ -93,16 +95,20 @@ def _write_map(value: dict[object, object], out: bytearray, depth: int) -> None:
     for key, item in value.items():
         if isinstance(key, bool) or not isinstance(key, int | str):
             raise MessageError(f"cbor: expected integer or text keys, got {type(key).__name__}")
-        pairs.append((encode(key), item))
+        pairs.append((_key(key), item))
     out += _head(_MAP, len(pairs))
     for raw, item in sorted(pairs, key=lambda pair: pair[0]):
         out += raw
         _write(item, out, depth + 1)
 
 
+def _key(key: int | str) -> bytes:
+    return _SHORT[_UINT][key] if isinstance(key, int) and 0 <= key < 24 else encode(key)
+
+
 def _head(major: int, size: int) -> bytes:
     if size < 24:
-        return bytes((major << 5 | size,))
+        return _SHORT[major][size]
     for code, width in _WIDTHS.items():
         if size < 1 << (8 * width):
             return bytes((major << 5 | code,)) + size.to_bytes(width, "big")
@@ -131,13 +137,16 @@ class _Reader:
     def value(self, depth: int) -> Value:
         if depth > MAX_DEPTH:
             raise MessageError(f"cbor: expected at most {MAX_DEPTH} levels of nesting, got more")
-        first = self._take(1)[0]
+        if self.at >= len(self.data):
+            raise MessageError("cbor: expected 1 more bytes, 0 are left")
+        first = self.data[self.at]
+        self.at += 1
         major, low = first >> 5, first & 31
         if major == _SIMPLE:
             return self._simple(first)
         if major == _TAG:
             raise MessageError("cbor: tags are not part of this format")
-        size = self._size(low)
+        size = low if low < 24 else self._size(low)
         if major == _UINT:
             return size
         if major == _NEGATIVE:
@@ -156,8 +165,6 @@ class _Reader:
         return self.data[self.at - size : self.at]
 
     def _size(self, low: int) -> int:
-        if low < 24:
-            return low
         if low not in _WIDTHS:
             raise MessageError("cbor: indefinite and reserved lengths are not part of this format")
         width = _WIDTHS[low]

@@ -10,7 +10,7 @@ again. Two models are kept: the good one, and the one on trial or the one before
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 REFUSED_KEPT = 8
@@ -110,9 +110,14 @@ class Slots:
 
     def to_bytes(self) -> bytes:
         """Return it as JSON; the good one's fields stand at the top, as they did before trials."""
-        good: dict[str, Any] = asdict(self.good) if self.good is not None else {}
-        rest = {k: v for k, v in asdict(self).items() if k != "good"}
-        return json.dumps({**good, **rest}, sort_keys=True, indent=1).encode() + b"\n"
+        fields = {
+            **(_fields(self.good) or {}),
+            "before": _fields(self.before),
+            "trial": _fields(self.trial),
+            "starts": self.starts,
+            "refused": [{"model": _fields(r.model), "reason": r.reason} for r in self.refused],
+        }
+        return json.dumps(fields, sort_keys=True).encode() + b"\n"
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Slots:
@@ -133,6 +138,12 @@ class Slots:
                 Refusal(_name(r["model"]), str(r["reason"])) for r in fields.get("refused", [])
             ),
         )
+
+
+def _fields(name: ModelName | None) -> dict[str, Any] | None:
+    if name is None:
+        return None
+    return {"bundle": name.bundle, "weights": name.weights, "version": name.version}
 
 
 def _maybe(fields: dict[str, Any] | None) -> ModelName | None:

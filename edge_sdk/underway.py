@@ -42,7 +42,7 @@ class UnderWay:
         for name, value in fields["invite"].items():
             if isinstance(value, bytes):
                 fields["invite"][name] = value.hex()
-        return json.dumps(fields, sort_keys=True, indent=1).encode() + b"\n"
+        return json.dumps(fields, sort_keys=True).encode() + b"\n"
 
     @classmethod
     def from_bytes(cls, data: bytes) -> UnderWay:
