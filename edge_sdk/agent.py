@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 
 from edge_sdk import events as ev
-from edge_sdk import footprint, messages, opening, topics
+from edge_sdk import messages, opening, topics
 from edge_sdk.errand import Errand, Errands
 from edge_sdk.errors import FedgeError, MessageError, RefusedError, StoreError
 from edge_sdk.failpoints import Failpoints
@@ -200,6 +200,10 @@ class Agent:
 
     def status(self) -> dict[str, Any]:
         """Return what ``fedge device status`` shows."""
+        return self._standing() | {"rss_peak_kib": self._local.runtime.peak_kib()}
+
+    def _standing(self) -> dict[str, Any]:
+        """Return the status but for the memory, which changes of itself."""
         session, counters, model = self._session, self._transport.counters, self._local.model
         return {
             "device": self._key.id,
@@ -230,7 +234,6 @@ class Agent:
             "messages_up": counters.messages_up,
             "messages_down": counters.messages_down,
             "dropped": counters.dropped,
-            "rss_peak_kib": footprint.peak_kib(),
             "child_rss_peak_kib": self._stint.peak_kib,
             "training": self._stint.status(),
             "boot": self._settings.boot,
@@ -472,15 +475,11 @@ class Agent:
 
     def _write_status(self) -> None:
         self._status_at = self._clock.monotonic()
-        status = self.status()
-        if _but_memory(status) == _but_memory(self._written):
+        standing = self._standing()
+        if standing == self._written:
             return  # an idle device spares its card
         try:
-            self._store.write_status(status)
-            self._written = status
+            self._store.write_status(standing | {"rss_peak_kib": self._local.runtime.peak_kib()})
+            self._written = standing
         except FedgeError as error:
             log.warning("status not written reason=%s", error)
-
-
-def _but_memory(status: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in status.items() if key != "rss_peak_kib"}

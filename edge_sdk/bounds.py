@@ -46,6 +46,8 @@ def _integer(low: int, high: int) -> Bound:
         return _is_a(int, value) and low <= value <= high
 
     def tidy(value: Any) -> object:  # numpy's integers
+        if type(value) is int:  # as good as always: asking an abstract class is slow
+            return value
         return int(value) if _is_a(numbers.Integral, value) else value
 
     return Bound(f"an integer of {low} to {high}", holds, tidy)
@@ -56,6 +58,8 @@ def _number(low: float, high: float, says: str) -> Bound:
         return isinstance(value, float) and math.isfinite(value) and low <= value <= high
 
     def tidy(value: Any) -> object:  # integers, and numpy's floats
+        if type(value) is float:
+            return value
         return float(value) if _is_a(numbers.Real, value) else value
 
     return Bound(says, holds, tidy)

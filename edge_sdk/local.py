@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from edge_sdk import anomaly, files, layouts, trial
+from edge_sdk import anomaly, files, footprint, layouts, trial
 from edge_sdk.bundle import Bundle
 from edge_sdk.errors import EngineError, FedgeError, RefusedError, StoreError
 from edge_sdk.limits import Limits
@@ -69,6 +69,10 @@ class Runtime:
         """Return the newest examples of a ring, at most so many, inputs and labels."""
         return ring.newest(most)
 
+    def peak_kib(self) -> int:
+        """Return the most memory that the process ever had, KiB."""
+        return footprint.peak_kib()
+
 
 class Local:
     """The model in use and its examples.
@@ -97,7 +101,7 @@ class Local:
         self._trial: OnTrial | None = None
         self.when_decided: Callable[[], object] = lambda: None
         """Called, in the thread of whoever predicted, once answers have decided a trial."""
-        self._runtime = runtime or Runtime()
+        self.runtime = runtime or Runtime()
         self._file = model_file
         self._quantile = quantile
         self._threshold: tuple[tuple[str, int], float] | None = None
@@ -323,7 +327,7 @@ class Local:
 
     def _judged(self, bundle: Bundle) -> str:
         try:
-            self._runtime.check(bundle, self._limits)
+            self.runtime.check(bundle, self._limits)
         except RefusedError as error:
             log.warning("bundle refused digest=%s reason=%s", bundle.digest[:12], error)
             return str(error)
@@ -409,7 +413,7 @@ class Local:
         self.check(bundle)
         layout = layouts.layout(bundle.manifest)
         engine, threads = self._engine, self._threads
-        model = self._runtime.open(bundle, weights, version, engine=engine, threads=threads)
+        model = self.runtime.open(bundle, weights, version, engine=engine, threads=threads)
         try:
             self._open_samples(layout)
         except StoreError as error:
@@ -433,7 +437,7 @@ class Local:
         with self._learning:
             ring = self._samples
             most = FEW_EXAMPLES if margin is None else MANY_EXAMPLES
-            x, y = self._runtime.newest(ring, most) if ring is not None else (np.empty(0),) * 2
+            x, y = self.runtime.newest(ring, most) if ring is not None else (np.empty(0),) * 2
         if not len(x):
             return
         new = answers(model, x)
@@ -478,13 +482,13 @@ class Local:
     def _opened(self, path: Path, layout: dict[str, Any]) -> Samples:
         capacity = self._capacity_of(layout)
         try:
-            found = self._runtime.ring(path, capacity, layout)
+            found = self.runtime.ring(path, capacity, layout)
         except (StoreError, ValueError, OSError) as error:
             if files.is_refusal(error):
-                return self._runtime.ring_to_read(path)
+                return self.runtime.ring_to_read(path)
             log.warning("examples damaged, set aside file=%s reason=%s", path.name, error)
             self._store.disk.rename(path, path.with_name(path.name + ".damaged"))
-            found = self._runtime.ring(path, capacity, layout)
+            found = self.runtime.ring(path, capacity, layout)
         self._store.quota.speak_for(path, capacity * found.layout.record_bytes)
         return found
 

@@ -14,7 +14,7 @@ import functools
 import hashlib
 import struct
 import zlib
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, NamedTuple, TypeAlias, get_type_hints
 
 from edge_sdk import cbor, signing, topics
@@ -242,14 +242,16 @@ def encode(message: Message, signer: Signer, topic: str) -> bytes:
     """
     number = _NUMBERS[type(message)]
     layout = _layout(number)
+    body: bytes = getattr(message, "body", b"")
     tidy: dict[str, Any] = {
         name: bound.tidy(getattr(message, name)) for _, name, bound, _ in layout
     }
-    message = replace(message, **tidy)
+    if "body" in KINDS[number].__dataclass_fields__:
+        tidy["body"] = body
+    message = KINDS[number](**tidy)
     _check(message)
     _check_address(message, topics.parse(topic))
-    header = cbor.encode({key: getattr(message, name) for key, name, _, _ in layout})
-    body = getattr(message, "body", b"")
+    header = cbor.encode({key: tidy[name] for key, name, _, _ in layout})
     size = OVERHEAD + len(header) + len(body)
     _check_size(size, MAX_TRANSFER if isinstance(message, Update) else MAX_FRAME, "frame")
     start = PRELUDE.pack(_MAGIC, VERSION, number, 0, len(header), len(body), 0)[:-4]

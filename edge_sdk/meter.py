@@ -11,7 +11,7 @@ import ctypes
 import json
 import logging
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,7 +101,7 @@ class Meter:
     def will_train(self, seconds: float) -> None:
         """Write down a training before it begins: a power cut in the midst of it is no gift."""
         if self._limits.max_minutes_per_day is not None and math.isfinite(seconds):
-            self._keep(replace(self._today, training_s=self._today.training_s + seconds))
+            self._keep(self._today._replace(training_s=self._today.training_s + seconds))
 
     def lapsed(self, update_bytes: float) -> tuple[str, ...]:
         """Return the names of the limits that leave no room for one more round.
@@ -119,7 +119,7 @@ class Meter:
     def close(self) -> None:
         """Write down what was used, to the byte."""
         self._look()
-        if replace(self._today, seen=None) != replace(self._written, seen=None):
+        if self._today._replace(seen=None) != self._written._replace(seen=None):
             self._keep(self._today)
 
     def status(self) -> dict[str, Any]:
@@ -140,11 +140,11 @@ class Meter:
         now = Instant(self._boot, self._clock.monotonic(), wall() if wall and is_right else 0.0)
         before, self._today = self._today, usage.at(self._today, now)
         if self._today.elapsed_s < before.elapsed_s or before.seen is None:
-            self._written = replace(self._today, bytes=0, training_s=0.0)
+            self._written = self._today._replace(bytes=0, training_s=0.0)
 
     def _use(self, bytes_: int, seconds: float) -> None:
         today, written = self._today, self._written
-        today = replace(today, bytes=today.bytes + bytes_, training_s=today.training_s + seconds)
+        today = today._replace(bytes=today.bytes + bytes_, training_s=today.training_s + seconds)
         self._today = today
         data, time = self._shares()
         if (
@@ -152,7 +152,7 @@ class Meter:
             or today.training_s > written.training_s + time.behind
         ):
             ahead_s = max(today.training_s + time.ahead, written.training_s)
-            self._keep(replace(today, bytes=today.bytes + int(data.ahead), training_s=ahead_s))
+            self._keep(today._replace(bytes=today.bytes + int(data.ahead), training_s=ahead_s))
 
     def _shares(self) -> tuple[_Share, _Share]:
         most, most_s = self._limits.max_bytes_per_day, _seconds(self._limits.max_minutes_per_day)
@@ -166,7 +166,7 @@ class Meter:
     def _keep(self, today: Usage) -> None:
         self._written = today
         try:
-            files.write(self._file, json.dumps(asdict(today)).encode() + b"\n", disk=self._disk)
+            files.write(self._file, json.dumps(_fields(today)).encode() + b"\n", disk=self._disk)
         except StoreError as error:
             log.warning("use of the day not written reason=%s", error)
 
@@ -192,6 +192,11 @@ def is_synchronized(root: Path = Path("/")) -> bool:
 
 def _seconds(minutes: float | None) -> float | None:
     return None if minutes is None else 60 * minutes
+
+
+def _fields(today: Usage) -> dict[str, Any]:
+    moments = {"seen": today.seen, "began": today.began}
+    return today._asdict() | {name: at and asdict(at) for name, at in moments.items()}
 
 
 def _read(file: Path, disk: Disk) -> Usage:

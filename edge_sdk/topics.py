@@ -6,6 +6,7 @@ At most 7 slashes and 64 bytes after the prefix, which the smallest cloud broker
 
 from __future__ import annotations
 
+import functools
 import re
 import zlib
 from dataclasses import dataclass
@@ -90,6 +91,7 @@ def down_filter(task: str, device: str) -> str:
     return f"{PREFIX}/t/{checked_task(task)}/dn/{checked_device(device)}/+"
 
 
+@functools.lru_cache(maxsize=256)
 def parts_filter(task: str, what: str, version: int = 0) -> str:
     """Return the filter of all slices of the bundle, the weights or the patch to `version`."""
     return part(task, what, 0, version).removesuffix("0") + "+"

@@ -10,7 +10,8 @@ that jumps never opens a second day.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 DAY_S = 86_400.0
 SANE_FROM_S = 1_767_225_600.0
@@ -29,8 +30,7 @@ class Instant:
     """Seconds since 1970; 0 unless the clock is known to be right."""
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(NamedTuple):
     """The day so far."""
 
     bytes: int = 0
@@ -51,9 +51,9 @@ class Usage:
 
 def at(usage: Usage, now: Instant) -> Usage:
     """Return the usage of the day that it is `now`: the same day's, or a new one's."""
-    usage = replace(usage, elapsed_s=usage.elapsed_s + _passed(usage.seen, now), seen=now)
+    usage = usage._replace(elapsed_s=usage.elapsed_s + _passed(usage.seen, now), seen=now)
     if now.wall >= SANE_FROM_S and usage.began is None:
-        usage = replace(usage, began=now)
+        usage = usage._replace(began=now)
     if usage.elapsed_s >= DAY_S or _wall_passed(usage.began, now) >= DAY_S:
         return Usage(seen=now, began=now if now.wall >= SANE_FROM_S else None)
     return usage

@@ -86,6 +86,10 @@ class Pretence(Runtime):
         del ring, most
         return np.empty((0, INPUTS), np.float32), np.empty(0, np.int64)
 
+    def peak_kib(self) -> int:
+        """Return nothing: a simulated board has no memory of its own."""
+        return 0
+
     def ring(self, path: Path, capacity: int, layout: dict[str, Any]) -> Samples:
         """Return a ring that never changes."""
         return cast("Samples", _Ring(path, self._examples, Layout(**layout, capacity=capacity)))

@@ -29,6 +29,12 @@ REDIAL_S = 1.0, 6.0
 _matches = functools.cache(topics.matches)
 
 
+@functools.cache
+def _start(pattern: str) -> str:
+    """Return what comes before a filter's first wildcard."""
+    return pattern.partition("+")[0].partition("#")[0]
+
+
 class Message(NamedTuple):
     """What is published."""
 
@@ -56,7 +62,7 @@ class Broker:
         self.sessions: dict[str, Session] = {}
         self.is_up = True
         self._sent = 0
-        self._index: dict[str, list[tuple[str, Session]]] | None = None
+        self._index: dict[str, list[tuple[str, Session]]] | None = {}
         """Filters and who has them, by what comes before their first wildcard."""
 
     def stop(self) -> None:
@@ -113,8 +119,7 @@ class Broker:
             self._index = {}
             for session in self.sessions.values():
                 for pattern in session.filters:
-                    start = pattern.partition("+")[0].partition("#")[0]
-                    self._index.setdefault(start, []).append((pattern, session))
+                    self._index.setdefault(_start(pattern), []).append((pattern, session))
         levels, found = topic.split("/"), dict[int, Session]()
         starts = ["/".join(levels[:i]) + "/" for i in range(1, len(levels))]
         for start in (*starts, topic):
@@ -126,17 +131,21 @@ class Broker:
     def subscribe(self, wire: Wire, filters: tuple[str, ...]) -> None:
         """Add filters to a session, and send what is retained there."""
         session = self.sessions[wire.client.id]
-        session.filters.update(dict.fromkeys(filters))
-        self._index = None
+        for pattern in filters:
+            if pattern not in session.filters:
+                session.filters[pattern] = None
+                if self._index is not None:
+                    self._index.setdefault(_start(pattern), []).append((pattern, session))
         for topic, payload in list(self.retained.items()):
-            if any(_matches(pattern, topic) for pattern in filters):
+            if topic in filters or any(_matches(pattern, topic) for pattern in filters):
                 self._deliver(session, Message(topic, payload))
 
     def unsubscribe(self, wire: Wire, filters: tuple[str, ...]) -> None:
         """Drop filters of a session."""
-        self._index = None
-        for pattern in filters:
-            self.sessions[wire.client.id].filters.pop(pattern, None)
+        held = self.sessions[wire.client.id].filters
+        for pattern in held.keys() & filters:
+            del held[pattern]
+            self._index = None
 
     def acknowledge(self, wire: Wire, number: int) -> None:
         """Take note that a client has a message."""

@@ -326,7 +326,7 @@ def test_a_device_goes_back_tells_and_sits_that_version_out(tmp_path: Path) -> N
     scene, runtime = Scene(tmp_path, BUNDLE), Breaking()
     coordinator = scene.coordinator
     with scene.device(clock=Clock(100.0)) as device:
-        device._local._runtime = runtime
+        device._local.runtime = runtime
         device.learn_many(X, Y)
         seen: list[int] = []
         device.when_updated = lambda model: seen.append(model.version)
