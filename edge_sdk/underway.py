@@ -9,7 +9,7 @@ known where its clock of the wall is.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 from edge_sdk.messages import Invite
 from edge_sdk.usage import SANE_FROM_S, Instant
@@ -38,11 +38,15 @@ class UnderWay:
 
     def to_bytes(self) -> bytes:
         """Return it as JSON."""
-        fields = asdict(self)
-        for name, value in fields["invite"].items():
-            if isinstance(value, bytes):
-                fields["invite"][name] = value.hex()
-        return json.dumps(fields, sort_keys=True).encode() + b"\n"
+        named = ((field.name, getattr(self.invite, field.name)) for field in fields(self.invite))
+        written = {
+            "invite": {k: v.hex() if isinstance(v, bytes) else v for k, v in named},
+            "bundle": self.bundle,
+            "left_s": self.left_s,
+            "at": asdict(self.at),
+            "attempts": self.attempts,
+        }
+        return json.dumps(written, sort_keys=True).encode() + b"\n"
 
     @classmethod
     def from_bytes(cls, data: bytes) -> UnderWay:
@@ -50,15 +54,15 @@ class UnderWay:
 
         Raises: ValueError, KeyError or TypeError when it does not add up.
         """
-        fields = json.loads(data)
-        invite = fields["invite"]
+        read = json.loads(data)
+        invite = read["invite"]
         raw = {name: bytes.fromhex(invite[name]) for name in ("model", "body") if name in invite}
         found = cls(
             Invite(**{**invite, **raw}),
-            str(fields["bundle"]),
-            float(fields["left_s"]),
-            Instant(**fields["at"]),
-            int(fields["attempts"]),
+            str(read["bundle"]),
+            float(read["left_s"]),
+            Instant(**read["at"]),
+            int(read["attempts"]),
         )
         numbers = (found.invite.round, found.invite.version, found.invite.seed, found.at.monotonic)
         if len(found.invite.model) != 32 or not all(isinstance(n, int | float) for n in numbers):
