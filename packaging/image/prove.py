@@ -11,7 +11,8 @@ with it. Power is cut twice. Once with an update sent and the coordinator dead, 
 is killed too, so that the card alone has it: after the next boot it is sent and counted, once,
 under its own name. Once in training. Identity, examples and model are there each time. On the
 Cortex-A72 the package is also upgraded while its service runs, with an update waiting. The same
-card image on `-M raspi3b` comes to its first receipt. Boots run one at a time. Needs qemu-system-arm, mosquitto, mtools, fdisk.
+card image on `-M raspi3b` comes to its first receipt. Boots run one at a time.
+Needs qemu-system-arm, mosquitto, mtools, fdisk.
 """
 
 from __future__ import annotations
