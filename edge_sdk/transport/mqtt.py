@@ -120,7 +120,7 @@ class Mqtt:
     @property
     def max_packet(self) -> int:
         """The largest payload to publish now; less where the broker or a slow link asks for it."""
-        return self._size.limit
+        return max(self._size.limit, self._size.carried)
 
     def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         """Queue a message, or drop it (counted) when offline or over the queue's limit.
