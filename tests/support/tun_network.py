@@ -46,7 +46,6 @@ class Wire:
         loss, duplicate: the share that is lost, that comes twice.
         reorder: the share that is overtaken by those that come within `held_s` after it.
         corrupt: the share with one byte altered, which the checksum of TCP finds.
-        garble: the share with two words of TCP's payload swapped, which its checksum does not find.
         dead_after: bytes, from now on, after which nothing is carried any more; None for never.
     """
 
@@ -59,7 +58,6 @@ class Wire:
     reorder: float = 0.0
     held_s: float = 0.02
     corrupt: float = 0.0
-    garble: float = 0.0
     dead_after: int | None = None
 
 
@@ -96,14 +94,9 @@ class Way:
         else:
             due = self._last_s = max(due, self._last_s)
         if draw() < wire.corrupt:
-            packet = self._altered(_corrupted(packet, self._rng))
-        if draw() < wire.garble:
-            packet = self._altered(_garbled(packet, self._rng))
+            self.altered += 1
+            packet = _corrupted(packet, self._rng)
         return [(due, packet)] * (2 if draw() < wire.duplicate else 1)
-
-    def _altered(self, packet: bytes) -> bytes:
-        self.altered += 1
-        return packet
 
 
 class Host:
@@ -230,19 +223,6 @@ def _flow(packet: bytes, other: bytes, *, is_in: bool = False) -> tuple[bytes, i
 def _corrupted(packet: bytes, rng: random.Random) -> bytes:
     altered = bytearray(packet)
     altered[rng.randrange(20, len(packet))] ^= 1 << rng.randrange(8)
-    return bytes(altered)
-
-
-def _garbled(packet: bytes, rng: random.Random) -> bytes:
-    """Swap two words of a TCP packet's payload: their sum, the checksum, stays as it is."""
-    start = 4 * (packet[0] & 15)
-    first = start + 4 * (packet[start + 12] >> 4)
-    words = (len(packet) - first) // 2
-    if packet[9] != _TCP or words < 2:
-        return packet
-    altered = bytearray(packet)
-    one, other = (first + 2 * rng.randrange(words) for _ in range(2))
-    altered[one : one + 2], altered[other : other + 2] = packet[other:][:2], packet[one:][:2]
     return bytes(altered)
 
 
