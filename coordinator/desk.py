@@ -90,6 +90,8 @@ class RoundResult:
     digest: str
     reason: str
     metrics: dict[str, float]
+    reasons: dict[str, str] = field(default_factory=dict)
+    """Why devices declined, of those that said."""
 
     def record(self) -> dict[str, Any]:
         """Return the result as plain JSON values; a number that is not finite becomes null."""
@@ -127,6 +129,8 @@ class Desk:
     """Those that lead to `version`, oldest first, as far back as they are worth taking."""
     conducts: dict[str, Conduct] = field(default_factory=dict)
     """What is held against devices."""
+    reasons: dict[str, str] = field(default_factory=dict)
+    """Why devices declined the open round, of those that said."""
     spent: set[str] = field(default_factory=set)
     """Devices whose update for the open round was refused: they are not invited to it again."""
     held_since: dict[str, float] = field(default_factory=dict)
@@ -176,7 +180,7 @@ class Desk:
         """Take in a round that the store has begun."""
         self._note(r, now_s, r.cohort)
         self.rounds[r.number] = self.current = opened
-        self.spent = set()
+        self.spent, self.reasons = set(), {}
         if r.state == "open" and not opened.is_open_ended:
             self._opened_s[r.number] = now_s
         for old in sorted(self.rounds)[: -self.recent]:
@@ -233,6 +237,12 @@ class Desk:
         if self.current is None or self.current.number != number:
             return ()
         self.spent.add(device)
+        return self.apply(Declined(device))
+
+    def decline_for(self, device: str, reason: str) -> tuple[Action, ...]:
+        """Expect nothing of a device in the open round; keep why, if it said."""
+        if reason and self.current is not None and device in self.current.awaited:
+            self.reasons[device] = reason
         return self.apply(Declined(device))
 
     def paroled(self, now_s: float) -> list[str]:
@@ -388,6 +398,7 @@ class Desk:
         norm: float = 0.0,
     ) -> RoundResult:
         mine = [u for u in self.folded.values() if u.round == r.number]
+        declined = r.declined | r.left  # whoever leaves says it first
         late = {u.device for u in self.folded.values() if u.round != r.number}
         after = self.version if version is None else version
         return RoundResult(
@@ -403,6 +414,7 @@ class Desk:
             digest=after.digest.hex(),
             reason=reason,
             metrics=_metrics(mine) | {"norm": norm},
+            reasons={d: self.reasons[d] for d in sorted(self.reasons) if d in declined},
         )
 
 

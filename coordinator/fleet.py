@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
+from coordinator.sitting import Age, Sitting, age
 from coordinator.tags import Where
 from edge_sdk.bounds import Tag
+from edge_sdk.messages import REASONS
 
 REPORTS = 200
 """How many reports the times that they took are remembered of."""
@@ -32,6 +34,13 @@ class Known:
     """What it says of itself."""
     number: int = -1
     """Its place among all devices ever seen, in the order of their coming; -1 until it has one."""
+    start: int = 0
+    connection: int = 0
+
+    @property
+    def sitting(self) -> Sitting:
+        """Which of its connections this is about."""
+        return Sitting(self.boot, self.start, self.connection)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +61,17 @@ class Standing(IntEnum):
     OFFLINE = 4
     UNREADY = 5
     READY = 6
+
+
+_REASON = 3
+"""Bits of a standing as it is kept; above them is why a device is not ready."""
+
+
+def unpacked(kept: int) -> tuple[Standing, str]:
+    """Return a standing as `Fleet.standings` has it, and why not ready where that is known."""
+    place = kept >> _REASON
+    reason = REASONS[place - 1] if 0 < place <= len(REASONS) else ""
+    return Standing(kept & ((1 << _REASON) - 1)), reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,31 +98,74 @@ class Fleet:
     entries: dict[str, Entry] = field(default_factory=dict)
     held: dict[str, dict[str, int]] = field(default_factory=dict)
     """For each task, who is in quarantine, and the first round that each may be invited to."""
+    reasons: dict[str, dict[str, str]] = field(default_factory=dict)
+    """For each task, why devices are not ready, of those that said."""
     _ready: dict[str, set[str]] = field(default_factory=dict)
     _next: int = 0
+    _over: set[str] = field(default_factory=set)
+    """Devices whose newest connection has ended, as their will said."""
+    _turns: dict[str, dict[str, int]] = field(default_factory=dict)
+    """For each task, the number of each device's latest check-in."""
 
     def status(self, seen: Known) -> bool:
         """Take in a status; False when it is outdated: an old session's will after a new birth.
 
-        A device that started anew has forgotten its check-ins, so they are dropped. One that says
-        it is here is believed, also when it lost count of its starts.
+        A device that started anew has forgotten its check-ins, so they are dropped. One that does
+        not number its connections is believed when it says that it is here.
         """
-        before = self.devices.get(seen.device)
-        if before is not None and seen.boot < before.boot and not seen.online:
+        found = self.age(seen.device, seen.sitting, is_will=not seen.online)
+        if found in (Age.OLD, Age.UNPROVEN):
             return False
-        self._number(seen if before is None else replace(seen, number=before.number))
-        self.heard.add(seen.device)
-        if before is not None and seen.boot > before.boot:
-            for ready in self.checked_in.values():
-                ready.pop(seen.device, None)
-        for task in self.checked_in:
-            self._sort_in(task, seen.device)
+        self._take(seen, found)
         return True
+
+    def said(self, task: str, device: str, said: Sitting, turn: int) -> Age:
+        """Take in the numbers of a check-in; what is older or not proven changes nothing.
+
+        A newer one tells that its device is here, whatever became of the status.
+        """
+        known, turns = self.devices[device], self._turns.setdefault(task, {})
+        found = self.age(device, said)
+        if found in (Age.OLD, Age.UNPROVEN) or not said.start:
+            return found
+        if found is Age.FRESH and turn <= turns.get(device, -1):
+            return Age.OLD
+        if found is Age.ANEW or said != known.sitting or not known.online:
+            boot, start, connection = said
+            here = replace(known, online=True, boot=boot, start=start, connection=connection)
+            self._take(here, found)
+        turns[device] = turn
+        return found
+
+    def age(self, device: str, said: Sitting, *, is_will: bool = False) -> Age:
+        """Return what a frame of a device is beside the newest that was heard of it."""
+        known = self.devices.get(device)
+        if known is None:
+            return Age.ANEW
+        return age(known.sitting, said, is_over=device in self._over, is_will=is_will)
+
+    def _take(self, seen: Known, found: Age) -> None:
+        device, before = seen.device, self.devices.get(seen.device)
+        if before is not None:
+            boot = max(seen.boot, before.boot) if seen.start else seen.boot
+            seen = replace(seen, number=before.number, boot=boot)
+        self._number(seen)
+        self.heard.add(device)
+        (self._over.discard if seen.online else self._over.add)(device)
+        if before is not None and found is Age.ANEW:
+            for task, ready in self.checked_in.items():
+                ready.pop(device, None)
+                self._turns.get(task, {}).pop(device, None)
+                self.reasons.get(task, {}).pop(device, None)
+        for task in self.checked_in:
+            self._sort_in(task, device)
 
     def remember(self, known: Known) -> None:
         """Take in a device from the store: its key is known, whether it is online is not."""
         if known.device not in self.devices:
             self._number(replace(known, online=False))
+            if not known.online:
+                self._over.add(known.device)
 
     def _number(self, known: Known) -> None:
         """Take in a device, with the next number if it has none."""
@@ -114,11 +177,13 @@ class Fleet:
     def check_in(self, task: str, device: str, call: int, examples: int) -> None:
         """Note that `device` stands ready for `task`; it stays so until withdrawn or recalled."""
         self.checked_in.setdefault(task, {})[device] = Ready(call, examples)
+        self.reasons.get(task, {}).pop(device, None)
         self._sort_in(task, device)
 
-    def withdraw(self, task: str, device: str) -> None:
-        """Note that `device` is no longer ready for `task`."""
+    def withdraw(self, task: str, device: str, reason: str = "") -> None:
+        """Note that `device` is no longer ready for `task`, and why."""
         self.checked_in.get(task, {}).pop(device, None)
+        self.reasons.setdefault(task, {})[device] = reason
         self._sort_in(task, device)
 
     def recall(self, task: str) -> None:
@@ -186,8 +251,9 @@ class Fleet:
         return Standing.READY if is_in else Standing.UNREADY
 
     def standings(self, task: str) -> bytes:
-        """Return the standing of every device as one byte each, at its number."""
+        """Return the standing of every device as one byte each, at its number; see `unpacked`."""
         found = bytearray(self._next)
+        reasons = self.reasons.get(task, {})
         checked_in, held = self.checked_in.get(task, {}), self.held.get(task, {})
         is_open = self.entries.get(task, Entry()) == Entry()
         for device, known in self.devices.items():
@@ -197,6 +263,9 @@ class Fleet:
                 found[known.number] = Standing.READY if device in checked_in else Standing.UNREADY
             else:
                 found[known.number] = Standing.OFFLINE
+        for device, reason in reasons.items():
+            if reason in REASONS and found[at := self.devices[device].number] == Standing.UNREADY:
+                found[at] |= (REASONS.index(reason) + 1) << _REASON
         return bytes(found)
 
     def _sort_all(self, task: str) -> None:

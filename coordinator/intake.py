@@ -8,6 +8,7 @@ cause (never the payload), and answered with a receipt when its author is certai
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
@@ -18,7 +19,8 @@ from coordinator.docket import Refusal
 from coordinator.fleet import Fleet, Known
 from coordinator.letters import Handled, Letters, handled
 from coordinator.publishing import Publisher
-from coordinator.rounds import Action, Declined, Left, Returned
+from coordinator.rounds import Action, Left, Returned
+from coordinator.sitting import Age, Sitting
 from coordinator.store import Store, StoredUpdate
 from edge_sdk import topics
 from edge_sdk.bounds import MAX_MISSING
@@ -48,6 +50,9 @@ MOST_PARKED = 1_000
 MOST_EARLY, EARLY_S = 64, 30.0
 """Updates kept that came before their task was open, and for how long after the start."""
 SLACK_BYTES = 65_536
+TELL_EVERY_S, OFFER_EVERY_S = 5.0, 30.0
+"""How often a device is told what was heard of it at the most, and an offer is said once more."""
+MOST_TOLD = 10_000
 
 
 class Intake:
@@ -78,6 +83,8 @@ class Intake:
         self._early: dict[str, list[tuple[str, bytes]]] = {}
         self._until_s = now_s() + EARLY_S
         self._complaints: set[tuple[str, str]] = set()
+        self._told_s: dict[str, float] = {}
+        self._offered_s: dict[str, float] = {}
 
     def take(self, topic: str, payload: bytes) -> Later | None:
         """Take in one message; what it needs of the disk and the network is returned as work.
@@ -114,16 +121,12 @@ class Intake:
         if address.kind == "status":
             return self._status(topic, payload)
         desk, key = self.desks.get(address.task), self.fleet.key(address.device)
-        if desk is None:
-            self._too_early(address, topic, payload)
+        if desk is None or key is None:
+            (self._too_early if desk is None else self._park)(address, topic, payload)
             return None
-        if key is None:
-            self._park(address, topic, payload)
-            return None
-        message = self._verified(topic, payload, key)
-        match message:
+        match self._verified(topic, payload, key):
             case (CheckIn() as check_in, _):
-                self._check_in(desk, address.device, check_in)
+                return self._check_in(desk, address.device, check_in)
             case (Chunk() as chunk, _):
                 return self._chunk(desk, address, chunk, key)
             case (Update() as update, signed):
@@ -139,9 +142,14 @@ class Intake:
 
     def open(self, desk: Desk) -> list[Later]:
         """Take in a task; return what there is to do for messages that came before it."""
+        self.called(desk)
         self.desks[desk.task.name] = desk
         early = self._early.pop(desk.task.name, [])
         return [work for message in early if (work := self.take(*message)) is not None]
+
+    def called(self, desk: Desk) -> None:
+        """Note that the offer is being said: what crosses it is no reason to say it once more."""
+        self._offered_s[desk.task.name] = self._now_s()
 
     def _verified(
         self, topic: str, frame: bytes, key: bytes, limit: int = MAX_FRAME
@@ -163,23 +171,25 @@ class Intake:
         if before is not None and before.key != seen.key:  # first come, first trusted
             self._complain(seen.device, "forged", MessageError("the device has another key"))
             return None
+        found = self.fleet.age(seen.device, seen.sitting, is_will=not seen.online)
         if not self.fleet.status(seen):
-            self.counters["outdated"] += 1
-            return None
+            return self._outdated(seen.device, found, list(self.desks.values()))
         for desk in self.desks.values():
             if not seen.online:
                 self._act(desk, desk.apply(Left(seen.device)))
             desk.changed.set()
-        if (parked := self._parked.pop(seen.device, None)) is not None:
-            self.take(*parked)
+        parked = self._parked.pop(seen.device, None)
+        work = None if parked is None else self.take(*parked)
         seen = self.fleet.devices[seen.device]
-        return None if before == seen else self._remember(seen)
+        return work if before == seen else self._remember(seen, work)
 
-    async def _remember(self, seen: Known) -> None:
+    async def _remember(self, seen: Known, then: Later | None = None) -> None:
         try:
             await self._store.remember(seen)
         except StoreError as error:
             self._complain(seen.device, "store", error)
+        if then is not None:
+            await then
 
     def _park(self, address: Address, topic: str, payload: bytes) -> None:
         """Keep a check-in that overtook its device's status; the rest is sent again anyway."""
@@ -187,18 +197,62 @@ class Intake:
         if address.kind == "checkin" and len(self._parked) < MOST_PARKED:
             self._parked[address.device] = (topic, payload)
 
-    def _check_in(self, desk: Desk, device: str, check_in: CheckIn) -> None:
-        if check_in.call != desk.call:
+    def _outdated(self, device: str, found: Age, desks: list[Desk]) -> Later | None:
+        """Change nothing for a frame that is not the newest.
+
+        It may be of a device that lost count of its starts: that one goes on from what it is told.
+        """
+        self.counters["outdated"] += 1
+        if self.counters["outdated"] == 1:
+            log.info("message outdated device=%s: older than what was heard of it", device)
+        now_s = self._now_s()
+        if found is not Age.UNPROVEN or now_s < self._told_s.get(device, -math.inf) + TELL_EVERY_S:
+            return None
+        if len(self._told_s) >= MOST_TOLD:
+            self._told_s.clear()
+        self._told_s[device] = now_s
+        return self._tell(device, desks)
+
+    async def _tell(self, device: str, desks: list[Desk], turn: int = 0) -> None:
+        newest = self.fleet.devices[device].sitting
+        for desk in desks:
+            await self._publisher.heard(desk, device, newest, turn)
+
+    def _check_in(self, desk: Desk, device: str, said: CheckIn) -> Later | None:
+        before, task = self.fleet.devices[device], desk.task.name
+        sitting = Sitting(said.boot, said.start, said.connection)
+        found = self.fleet.said(task, device, sitting, said.turn)
+        if found in (Age.OLD, Age.UNPROVEN):
+            return self._outdated(device, found, [desk])
+        if said.call != desk.call:
             self.counters["outdated"] += 1
-            return
-        task = desk.task.name
-        if check_in.ready:
-            self.fleet.check_in(task, device, check_in.call, check_in.examples)
+        elif said.ready:
+            self.fleet.check_in(task, device, said.call, said.examples)
             self._act(desk, desk.apply(Returned(device)))
         else:
-            self.fleet.withdraw(task, device)
-            self._act(desk, desk.apply(Declined(device)))
+            self.fleet.withdraw(task, device, said.reason)
+            self._act(desk, desk.decline_for(device, said.reason))
         desk.changed.set()
+        after = self.fleet.devices[device]
+        doubted = desk if said.asks or said.call != desk.call else None
+        if after == before and doubted is None:
+            return None
+        return self._settle(before, after, doubted, said)
+
+    async def _settle(
+        self, before: Known, after: Known, doubted: Desk | None, said: CheckIn
+    ) -> None:
+        """Keep what a check-in tells of its device; say which offer holds, if it knows another."""
+        if after != before:
+            await self._remember(after)
+        if doubted is None:
+            return
+        if said.asks:
+            await self._tell(after.device, [doubted], said.turn)
+        task, now_s = doubted.task.name, self._now_s()
+        if now_s >= self._offered_s.get(task, -math.inf) + OFFER_EVERY_S:
+            self._offered_s[task] = now_s
+            await self._publisher.offer_again(doubted)
 
     def _chunk(self, desk: Desk, address: Address, chunk: Chunk, key: bytes) -> Later | None:
         most = 8 * desk.size + SLACK_BYTES
@@ -349,7 +403,8 @@ class Intake:
 
 def _known(status: Status) -> Known:
     s = status
-    return Known(s.device, s.key, s.name, s.sdk, s.online, s.boot, s.tags or {})
+    named = s.device, s.key, s.name, s.sdk, s.online, s.boot, s.tags or {}
+    return Known(*named, start=s.start, connection=s.connection)
 
 
 def _stored(

@@ -18,6 +18,8 @@ from edge_sdk.errors import StoreError
 from edge_sdk.types import Array
 
 DATABASE = "coordinator.db"
+DECLINES_OF = 64
+"""Rounds of a task that are looked at for who declined."""
 
 
 def fleet(folder: str | Path) -> list[dict[str, Any]]:
@@ -25,6 +27,7 @@ def fleet(folder: str | Path) -> list[dict[str, Any]]:
 
     `tags` are those in force, `quarantine` has the tasks in which the device sits out: the first
     round that it may be invited to again, how often it was set aside, and why.
+    `declined` has the tasks in which it lately declined a round: which, and the word that it gave.
     Raises: StoreError when there is no store, or it is not ours.
     """
     rows = _rows(
@@ -37,6 +40,7 @@ def fleet(folder: str | Path) -> list[dict[str, Any]]:
     )
     with reading(folder) as db:
         orders, newest = docket.orders(db), dict(db.execute(_NEWEST).fetchall())
+        declined = _declined(db)
     for row in rows:
         row["tags"] = json.loads(row.pop("said")) | orders.tags.get(row["id"], {})
         row["quarantine"] = {
@@ -44,7 +48,17 @@ def fleet(folder: str | Path) -> list[dict[str, Any]]:
             for task, devices in orders.conducts.items()
             if (held := devices.get(row["id"])) and held.is_held(newest.get(task, 0) + 1)
         }
+        row["declined"] = declined.get(row["id"], {})
     return rows
+
+
+def _declined(db: sqlite3.Connection) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return, by device and task, the latest round that it declined of those looked at, and why."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for task, number, result in db.execute(_RESULTS, (DECLINES_OF,)):
+        for device, reason in json.loads(result).get("reasons", {}).items():
+            found.setdefault(device, {})[task] = {"round": number, "reason": reason}
+    return found
 
 
 def rounds(folder: str | Path, task: str | None = None) -> list[dict[str, Any]]:
@@ -123,6 +137,8 @@ def weights(folder: str | Path, task: str, version: int) -> Array:
     return np.frombuffer(row[0], "<f4").astype(np.float32)
 
 
+_RESULTS = """SELECT r.task, r.round, r.result FROM rounds r
+    WHERE r.round > (SELECT max(round) FROM rounds WHERE task = r.task) - ? ORDER BY r.round"""
 _NEWEST = "SELECT task, max(round) FROM rounds GROUP BY task"
 
 

@@ -79,8 +79,19 @@ def _fleet(args: argparse.Namespace) -> int:
     from coordinator import ledger
 
     rows = ledger.fleet(store_of(args))
-    columns = ("id", "name", "sdk", "online", "updates", "last_seen", "tags", "quarantine")
-    print(listing(rows, args.json, columns, {"tags": _tags, "quarantine": _quarantine}))
+    columns = (
+        "id",
+        "name",
+        "sdk",
+        "online",
+        "updates",
+        "last_seen",
+        "tags",
+        "quarantine",
+        "declined",
+    )
+    ways = {"tags": _tags, "quarantine": _quarantine, "declined": _declined}
+    print(listing(rows, args.json, columns, ways))
     return 0
 
 
@@ -95,6 +106,11 @@ def _plain(value: object) -> str:
 def _quarantine(row: Row) -> str:
     held = row["quarantine"].items()
     return " ".join(f"{task}:until-round-{h['until_round']}" for task, h in held) or "-"
+
+
+def _declined(row: Row) -> str:
+    lately = row["declined"].items()
+    return " ".join(f"{task}:round-{d['round']}:{d['reason']}" for task, d in lately) or "-"
 
 
 def _deadletters(args: argparse.Namespace) -> int:

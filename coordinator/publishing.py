@@ -11,9 +11,10 @@ from typing import Literal
 
 from coordinator.desk import Desk
 from coordinator.link import Link
+from coordinator.sitting import Sitting
 from edge_sdk import chunks, topics
 from edge_sdk.errors import TransportError
-from edge_sdk.messages import Invite, Message, Missing, Offer, Part, Receipt, encode
+from edge_sdk.messages import Heard, Invite, Message, Missing, Offer, Part, Receipt, encode
 from edge_sdk.signing import Signer
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ class Publisher:
         self._counts: dict[str, int] = {}
         """How many parts are retained, by the filter of their topics."""
         self._controls: dict[str, tuple[bytes, bytes]] = {}
+        self._offers: dict[str, Offer] = {}
         self.bytes_down = 0
         """Bytes handed to the broker; it multiplies retained ones by its subscribers."""
 
@@ -83,7 +85,20 @@ class Publisher:
             spread_s=desk.spread_s,
             bundle_packed=packed if packed < len(desk.bundle.data) else None,
         )
+        self._offers[desk.task.name] = offer
         await self._send(topics.offer(desk.task.name), offer, retain=True)
+
+    async def offer_again(self, desk: Desk) -> None:
+        """Retain the offer that holds: somebody may have put an older one in its place."""
+        if (offer := self._offers.get(desk.task.name)) is not None:
+            await self._send(topics.offer(desk.task.name), offer, retain=True)
+
+    async def heard(self, desk: Desk, device: str, newest: Sitting, turn: int = 0) -> None:
+        """Tell a device what was heard of it last, and which offer holds."""
+        if (offer := self._offers.get(desk.task.name)) is None:
+            return  # it hears that soon
+        word = Heard(newest.boot, newest.start, turn, offer.call, offer.round)
+        await self._send(topics.down(desk.task.name, device, "heard"), word)
 
     async def invite(self, desk: Desk, device: str) -> None:
         """Invite one device to the open round."""

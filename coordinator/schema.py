@@ -139,6 +139,12 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             last_at INTEGER NOT NULL DEFAULT (CAST(strftime('%s', 'now') AS INTEGER))
         )""",
     ),
+    (
+        # With boot, which connection of which start a device was last heard over: what is older
+        # is not believed. Written with the rest of a status, and never for a check-in alone.
+        "ALTER TABLE devices ADD COLUMN start INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE devices ADD COLUMN connection INTEGER NOT NULL DEFAULT 0",
+    ),
 )
 
 

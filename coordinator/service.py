@@ -415,6 +415,7 @@ class Coordinator:
         await self._insist(desk.task.name, write)
         desk.spread_s = pacing.spread_s(len(self.fleet.devices))
         self.fleet.recall(desk.task.name)
+        self._intake.called(desk)
         await self._publisher.all(desk)
 
     def _act(self, desk: Desk, actions: tuple[Action, ...]) -> None:

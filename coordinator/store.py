@@ -173,15 +173,15 @@ class Store:
         """Keep a device's key and its newest status. The id is derived from the key."""
         said = json.dumps(dict(known.tags), sort_keys=True)
         named = (known.device, known.key, known.name, known.sdk, known.boot, known.online)
-        row = (*named, said, known.number)
+        row = (*named, said, known.number, known.start, known.connection)
         await self._write(lambda db: db.execute(_REMEMBER, row))
 
     async def devices(self) -> list[Known]:
         """Return every device ever seen, in the order of their coming."""
         rows = await self._ask(lambda db: db.execute(_DEVICES).fetchall(), urgent=True)
         return [
-            Known(d, key, name, sdk, bool(up), boot, json.loads(said), number)
-            for d, key, name, sdk, up, boot, said, number in rows
+            Known(d, key, name, sdk, bool(up), boot, json.loads(said), number, start, connection)
+            for d, key, name, sdk, up, boot, said, number, start, connection in rows
         ]
 
     async def resume(self, task: str, bundle: bytes, first: Version, recent: int = 16) -> Resumed:
@@ -354,12 +354,15 @@ class Store:
         db.execute(_PRUNE_UPDATES, limit)
 
 
-_REMEMBER = """INSERT INTO devices (device, key, name, sdk, boot, online, said, number)
-    VALUES (?, ?, ?, ?, ?, ?, ?, ?)
+_REMEMBER = """INSERT INTO devices
+    (device, key, name, sdk, boot, online, said, number, start, connection)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
     ON CONFLICT (device) DO UPDATE SET name = excluded.name, sdk = excluded.sdk,
     boot = excluded.boot, online = excluded.online, said = excluded.said,
+    start = excluded.start, connection = excluded.connection,
     last_seen = CAST(strftime('%s', 'now') AS INTEGER)"""
-_DEVICES = """SELECT device, key, name, sdk, online, boot, said, number FROM devices
+_DEVICES = """SELECT device, key, name, sdk, online, boot, said, number,
+    start, connection FROM devices
     ORDER BY number, device"""
 _NEWEST = """SELECT version, round, digest, params, optimizer,
     coalesce(target, x''), coalesce(patch, x'') FROM versions

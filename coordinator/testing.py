@@ -40,11 +40,10 @@ class ManualClock:
 
 
 class MemoryLink:
-    """A `Link` to a `MemoryBroker`; `unacknowledged` messages come again after a `cut`."""
+    """A `Link` to a `MemoryBroker`, for which a message is acknowledged once it is delivered."""
 
     def __init__(self, broker: MemoryBroker, client_id: str = "coordinator") -> None:
         self.broker = broker
-        self.unacknowledged = 0
         self.on_up: Callable[[], None] = lambda: None
         self._queue: asyncio.Queue[tuple[str, bytes]] = asyncio.Queue()
         self._transport = broker.transport(client_id)
@@ -54,8 +53,7 @@ class MemoryLink:
         """Yield what the broker delivers."""
         while True:
             topic, payload = await self._queue.get()
-            self.unacknowledged += 1
-            yield topic, payload, self._acknowledge
+            yield topic, payload, lambda: None
 
     async def subscribe(self, *filters: str) -> None:
         """Subscribe at once."""
@@ -72,6 +70,3 @@ class MemoryLink:
     def _turned(self, is_up: bool) -> None:
         if is_up:
             self.on_up()
-
-    def _acknowledge(self) -> None:
-        self.unacknowledged -= 1

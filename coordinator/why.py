@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator import ledger
-from coordinator.fleet import Standing
+from coordinator.fleet import Standing, unpacked
 from edge_sdk.errors import ConfigError
 
 LATEST = 20
@@ -27,6 +27,22 @@ SAYS = {
     Standing.READY: "ready, not drawn",
 }
 INVITED, NOT_KEPT = "invited", "not kept any more"
+DECLINES = {
+    "conditions": "its conditions did not hold",
+    "limits": "its limits of the day were reached",
+    "disk": "its disk was full",
+    "examples": "it had too few examples",
+    "failed": "a training had failed a moment ago",
+    "no-update": "its training gave no update",
+    "no-model": "the task's bundle was not there yet",
+    "bad-bundle": "it refuses the task's bundle",
+    "bad-model": "the model did not work there",
+    "version": "it had a newer version",
+    "deadline": "the deadline had passed there",
+    "gave-up": "its process died in it again and again",
+    "leaving": "it was stopped",
+}
+"""What the words of a check-in mean."""
 
 
 def why(
@@ -37,7 +53,8 @@ def why(
     `device`, `name`, `online`, `first_seen`, `last_seen`, `tags`, and for each of `tasks`:
     `quarantine` (`until_round`, `terms`, `reason`; None when free), totals, and `rounds`, each with
     `round`, `opened_at`, `base`, `state`, `standing` ("invited", or why it was not), `end` (for a
-    device that was invited: counted, left, declined, straggler, or open) and `receipts`. A receipt
+    device that was invited: counted, left, declined, straggler, or open), `reason` (the word of
+    `DECLINES` that a device gave which declined, or did not stand ready) and `receipts`. A receipt
     has `outcome`, `reason`, `bytes`, `took_s` (from the invitation to the update), `late_s` (beyond
     the deadline) and `version` (the one that holds the update; -1 if it was set aside).
     Raises: ConfigError when the device was never seen, StoreError when there is no store.
@@ -77,22 +94,27 @@ def _rounds(
             took_s, due_s = receipt["took_s"], row["deadline_s"]
             receipt["late_s"] = None if took_s is None else max(0.0, took_s - due_s)
         cohort = json.loads(row["cohort"])
+        standing, reason = _standing(row["standings"], number)
+        if device in cohort:
+            standing, reason = INVITED, json.loads(row["result"]).get("reasons", {}).get(device, "")
         yield {
             "round": row["round"],
             "opened_at": row["opened_at"],
             "base": row["version"],
             "state": row["state"],
-            "standing": INVITED if device in cohort else _standing(row["standings"], number),
+            "standing": standing,
             "end": _end(row, device, cohort, receipts),
+            "reason": reason,
             "receipts": receipts,
         }
 
 
-def _standing(kept: bytes | None, number: int) -> str:
+def _standing(kept: bytes | None, number: int) -> tuple[str, str]:
     if kept is None:
-        return NOT_KEPT
+        return NOT_KEPT, ""
     standings = zlib.decompress(kept)
-    return SAYS[Standing(standings[number] if 0 <= number < len(standings) else 0)]
+    standing, reason = unpacked(standings[number] if 0 <= number < len(standings) else 0)
+    return SAYS[standing], reason
 
 
 def _end(
@@ -129,6 +151,8 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
 
 def _told(row: dict[str, Any]) -> Iterator[str]:
     end = f"; {row['end']}" if row["end"] and not row["receipts"] else ""
+    if row["reason"] and not row["receipts"]:
+        end += f": {DECLINES.get(row['reason'], row['reason'])}"
     yield f"  round {row['round']} ({row['opened_at']}, {row['state']}): {row['standing']}{end}"
     for receipt in row["receipts"]:
         parts = [receipt["outcome"]]

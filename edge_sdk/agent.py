@@ -26,13 +26,15 @@ from edge_sdk.failpoints import Failpoints
 from edge_sdk.fetching import Fetching
 from edge_sdk.journal import Journal
 from edge_sdk.local import Local
-from edge_sdk.messages import Invite, Missing, Offer, Part, Receipt
+from edge_sdk.messages import Heard, Invite, Missing, Offer, Part, Receipt
 from edge_sdk.meter import Meter
 from edge_sdk.model import Model
 from edge_sdk.outbox import Outbox
+from edge_sdk.presence import Presence
 from edge_sdk.readiness import Readiness
+from edge_sdk.rollcall import RollCall
 from edge_sdk.session import next_due, step
-from edge_sdk.settings import Settings, hello
+from edge_sdk.settings import Settings
 from edge_sdk.signing import Identity
 from edge_sdk.stint import Stint
 from edge_sdk.store import Store
@@ -72,6 +74,7 @@ class Agent:
         settings: Settings,
         *,
         key: Identity,
+        presence: Presence,
         store: Store,
         local: Local,
         outbox: Outbox,
@@ -99,6 +102,8 @@ class Agent:
             is_sending=getattr(transport, "is_sending", lambda _topic: False),
         )
         self._trust = Trust(store, settings.pinned)
+        version = local.model.version if local.model else -1
+        self._roll = RollCall(settings.task, key, presence, transport, version)
         self._queue: queue.SimpleQueue[Thunk | None] = queue.SimpleQueue()
         self._queued_bytes, self._queue_lock = 0, threading.Lock()
         usage = store.folder / "usage.json"
@@ -131,7 +136,6 @@ class Agent:
             outbox=outbox,
             stint=self._stint,
         )
-        self._offer: Offer | None = None
         self._is_leaving = False
         self._conditions_at = self._status_at = self._bad_logged_at = float("-inf")
         self._journal_at = clock.monotonic()
@@ -165,6 +169,7 @@ class Agent:
         self._stint.cancel()
         if self._thread.is_alive():
             self._thread.join(STOP_PATIENCE_S)
+        self._roll.leave(self._session)
         self._stint.cancel()  # what had begun meanwhile
         self._stint.join(STOP_PATIENCE_S)
         self._fetching.close()
@@ -229,6 +234,7 @@ class Agent:
             "last_receipt": self.tally.last_receipt,
             "outbox": len(self._outbox),
             "bad_frames": self.tally.bad_frames,
+            "offers_passed_over": self._roll.newest.passed_over,
             "bytes_up": counters.bytes_up,
             "bytes_down": counters.bytes_down,
             "messages_up": counters.messages_up,
@@ -236,7 +242,7 @@ class Agent:
             "dropped": counters.dropped,
             "child_rss_peak_kib": self._stint.peak_kib,
             "training": self._stint.status(),
-            "boot": self._settings.boot,
+            "boot": self._roll.presence.boot,
         }
 
     def _on_frame(self, topic: str, payload: bytes) -> None:
@@ -277,6 +283,7 @@ class Agent:
             return 0.0
         now = self._clock.monotonic()
         due = [self._conditions_at + CONDITIONS_POLL_S, self._status_at + STATUS_EVERY_S]
+        due.append(self._roll.due_at(self._session))
         if (at := next_due(self._session)) is not None:
             due.append(at)
         return min(max(min(due) - now, 0.02), CONDITIONS_POLL_S)
@@ -302,6 +309,7 @@ class Agent:
             self._journal.flush()
         if now >= self._status_at + STATUS_EVERY_S:
             self._write_status()
+        self._roll.ask(self._session, now)
         return events + self._fetching.look(now)
 
     def _step_all(self, events: list[ev.Event]) -> None:
@@ -318,8 +326,7 @@ class Agent:
 
     # --- what comes in ------------------------------------------------------------------------
     def _connected(self) -> list[ev.Event]:
-        topic = topics.status(self._key.id)
-        self._transport.publish(topic, hello(self._key, self._settings, online=True), retain=True)
+        self._roll.here()
         self._fetching.connected(self._clock.monotonic())
         return [ev.Connected()]
 
@@ -335,10 +342,8 @@ class Agent:
         if self._is_leaving and not isinstance(message, Part):
             return []  # it comes again
         match message:
-            case Offer():
-                self._offer = message
-                self._fetching.offered(self._clock.monotonic())
-                return [opening.offered(message)]
+            case Offer() | Heard():
+                return self._called(message)
             case Invite():
                 return self._invited(message, arrived_at)
             case Receipt():
@@ -349,6 +354,13 @@ class Agent:
             case Part():
                 return self._fetching.part(message, self._clock.monotonic())
         raise MessageError(f"{type(message).__name__} is not for a device")
+
+    def _called(self, message: Offer | Heard) -> list[ev.Event]:
+        now = self._clock.monotonic()
+        events = self._roll.take(message, now)
+        if any(isinstance(event, ev.Offered) for event in events):
+            self._fetching.offered(now)
+        return events
 
     def _invited(self, invite: Invite, arrived_at: float) -> list[ev.Event]:
         self._failpoints.reach("invited")
@@ -381,11 +393,11 @@ class Agent:
     # --- what to do ---------------------------------------------------------------------------
     def _do(self, action: ev.Action) -> list[ev.Event]:
         match action:
-            case ev.CheckIn(call, ready, examples):
-                self._say("checkin", messages.CheckIn(call, ready, examples))
+            case ev.CheckIn():
+                self._roll.check_in(action)
             case ev.Fetch():
                 bundle, now = self._session.bundle, self._session.now
-                return self._fetching.begin(action, bundle, self._offer, now)
+                return self._fetching.begin(action, bundle, self._roll.offer, now)
             case ev.SwitchModel():
                 return self._switch(action)
             case ev.Train() | ev.StopTraining() | ev.Submit() | ev.Abandon():
@@ -405,10 +417,6 @@ class Agent:
             return [ev.DropFailed(w.update, w.round) for w in self._outbox if w.update == update]
         self._write_status()
         return []
-
-    def _say(self, kind: str, message: messages.Message) -> None:
-        topic = topics.up(self._settings.task, self._key.id, kind)
-        self._transport.publish(topic, messages.encode(message, self._key, topic))
 
     def _switch(self, action: ev.SwitchModel) -> list[ev.Event]:
         try:

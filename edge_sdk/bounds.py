@@ -84,6 +84,13 @@ def _one_of(*words: str) -> Bound:
     return Bound(f"one of {', '.join(words)}", lambda value: value in words)
 
 
+def _code(size: int) -> Bound:
+    word = re.compile(f"[a-z-]{{0,{size}}}")
+    return Bound(
+        f"at most {size} of a-z and -", lambda v: isinstance(v, str) and bool(word.fullmatch(v))
+    )
+
+
 def _maybe(bound: Bound) -> Bound:
     def holds(value: Any) -> bool:
         return value is None or bound.holds(value)
@@ -162,6 +169,7 @@ Real: TypeAlias = Annotated[float, _REAL]
 Seconds: TypeAlias = Annotated[float, _SECONDS]
 Label: TypeAlias = Annotated[str, _text(64)]
 Sentence: TypeAlias = Annotated[str, _text(200)._replace(tidy=_one_line)]
+Code: TypeAlias = Annotated[str, _code(16)]
 Hash16: TypeAlias = Annotated[bytes, _hash(16)]
 Hash32: TypeAlias = Annotated[bytes, _hash(32)]
 OfferState: TypeAlias = Annotated[str, _one_of("open", "closed")]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -24,7 +25,8 @@ from edge_sdk.local import Local
 from edge_sdk.model import Model
 from edge_sdk.model_file import ModelFile
 from edge_sdk.outbox import DEFAULT_CAP_BYTES, Outbox
-from edge_sdk.settings import Settings, hello
+from edge_sdk.presence import Presence
+from edge_sdk.settings import Settings
 from edge_sdk.store import Store, default_state
 from edge_sdk.training import CHECKPOINT_S, ChildTrainer, LocalTraining
 from edge_sdk.transport import Transport
@@ -41,9 +43,10 @@ CLOSE_PATIENCE_S = 2.5
 POKE_UP_TO = 64
 """From this many examples on, one more does not make the agent look at the conditions at once."""
 
-Will = tuple[str, bytes]
+Will = Callable[[], tuple[str, bytes]]
 Connect = Callable[[str, Will], Transport]
-"""Makes a transport of your own, given a client id and the will to leave."""
+"""Makes a transport of your own, given a client id and what makes the will: anew each time that it
+connects, for a will that was heard is worth nothing afterwards."""
 
 
 class Device:
@@ -131,6 +134,7 @@ class Device:
                 tags=_checked_tags(tags),
                 sdk=f"fedge {__version__}",
                 boot=self._store.count_boot(),
+                start=secrets.randbits(63) or 1,
                 conditions=condition(conditions),
                 min_examples=min_examples,
                 threads=threads,
@@ -151,14 +155,15 @@ class Device:
                 model_file=held,
                 terms=trial,
             )
-            will = topics.status(key.id), hello(key, settings, online=False)
+            presence = Presence(key, settings, self._store.count_boot)
             if connect is None:
                 options = {"ca_file": ca_file, "username": username, "password": password}
                 connect = _mqtt(broker, keepalive_s=keepalive_s, **options)
-            self._transport = connect(key.id, will)
+            self._transport = connect(key.id, presence.will)
             self._agent = Agent(
                 settings,
                 key=key,
+                presence=presence,
                 store=self._store,
                 local=self._local,
                 outbox=Outbox(self._store.outbox, outbox_bytes, quota=self._store.quota),

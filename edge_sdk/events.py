@@ -191,6 +191,8 @@ class CheckIn:
     call: int
     ready: bool
     examples: int
+    reason: str = ""
+    """Why not: one of `messages.REASONS`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,26 +12,24 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from edge_sdk import fields as f
 from edge_sdk.errors import BundleError
 
 FORMAT = "fedge-bundle/2"
 MAX_MANIFEST_BYTES = 4 << 20
 MAX_VALUES = 100_000
 """Numbers, texts, lists and tables: about 32 a tensor, and each takes some 64 bytes once read."""
-MAX_TENSORS = 10_000
-MAX_NUMBERS = 1 << 25  # 128 MiB of float32: what an archive can carry
-MAX_WHOLE_BYTES = 4 * MAX_NUMBERS  # of a member, with what it shares put in
+MAX_WHOLE_BYTES = 4 * f.MAX_NUMBERS  # of a member, with what it shares put in
 LOSSES = ("cross_entropy", "mse", "bce_logits")
 DTYPES = ("float32", "float16", "int8", "uint8", "int16", "uint16", "int32", "int64", "bool")
 ROLES = ("predict", "train", "evaluate")
 FORMATS = ("onnx", "tflite")
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
-Check = Callable[[str, Any], None]
 
 
 def encode(manifest: Mapping[str, Any]) -> bytes:
@@ -76,11 +74,11 @@ def check(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
     bounds, or at odds with another field.
     """
     if manifest.get("format") != FORMAT:
-        _fail("format", repr(FORMAT), manifest.get("format"), "upgrade fedge or rebuild")
-    _fields(_MANIFEST)("", manifest)
+        f.fail("format", repr(FORMAT), manifest.get("format"), "upgrade fedge or rebuild")
+    f.fields(_MANIFEST)("", manifest)
     _check_members(manifest["members"], sizes)
     sizes = _whole(manifest["spliced"], sizes)
-    _ROWS("cost.batch", manifest["cost"].get("batch", 1))
+    f.ROWS("cost.batch", manifest["cost"].get("batch", 1))
     _check_params(manifest, sizes)
     _check_graphs(manifest, sizes)
     shapes = [p["shape"] for p in manifest["params"]]
@@ -88,157 +86,58 @@ def check(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
         _check_patches(name, patches, shapes, sizes[manifest["graphs"][name]["predict"]])
 
 
-def _fail(field: str, expected: str, got: object, advice: str = "rebuild the bundle") -> NoReturn:
-    shown = repr(got)
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    raise BundleError(f"manifest {field}: expected {expected}, got {shown}; {advice}")
-
-
-def _is(expected: str, claim: Callable[[Any], bool]) -> Check:
-    def run(field: str, value: Any) -> None:
-        if not claim(value):
-            _fail(field, expected, value)
-
-    return run
-
-
-def _one_of(*allowed: str) -> Check:
-    return _is(f"one of {', '.join(allowed)}", lambda v: isinstance(v, str) and v in allowed)
-
-
-def _or_null(inner: Check) -> Check:
-    return lambda field, value: None if value is None else inner(field, value)
-
-
-def _list(inner: Check, most: int = MAX_TENSORS) -> Check:
-    def run(field: str, value: Any) -> None:
-        if not isinstance(value, list) or len(value) > most:
-            _fail(field, f"a list of at most {most}", value)
-        for i, item in enumerate(value):
-            inner(f"{field}[{i}]", item)
-
-    return run
-
-
-def _map(inner: Check) -> Check:
-    def run(field: str, value: Any) -> None:
-        if not isinstance(value, dict) or len(value) > MAX_TENSORS:
-            _fail(field, "an object", value)
-        for key, item in value.items():
-            inner(f"{field}.{key}", item)
-
-    return run
-
-
-def _fields(schema: Mapping[str, Check], optional: tuple[str, ...] = ()) -> Check:
-    def run(field: str, value: Any) -> None:
-        if not isinstance(value, dict):
-            _fail(field or "(whole)", "an object", value)
-        for key in value:
-            if key not in schema:
-                _fail(f"{field}.{key}".lstrip("."), "no such field", value[key], "upgrade fedge")
-        for key, inner in schema.items():
-            if key in value:
-                inner(f"{field}.{key}".lstrip("."), value[key])
-            elif key not in optional:
-                _fail(f"{field}.{key}".lstrip("."), "a value", None)
-
-    return run
-
-
-def _is_int(value: object, low: int, high: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-
-def _is_number(value: Any) -> bool:
-    is_real = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_real and math.isfinite(value) and abs(value) < 1e300
-
-
-def _is_scale(value: object) -> bool:
-    return isinstance(value, int | float) and _is_number(value) and value > 0
-
-
-_ANY: Check = _is("a JSON value", lambda _: True)
-_TEXT = _is("a string of 1 to 1000", lambda v: isinstance(v, str) and 0 < len(v) <= 1000)
-_FLAG = _is("true or false", lambda v: isinstance(v, bool))
-_COUNT = _is("a whole number from 0", lambda v: _is_int(v, 0, 1 << 60))
-_OFFSET = _is("a byte offset", lambda v: _is_int(v, 0, 1 << 31))
-_INDEX = _is("an index", lambda v: _is_int(v, 0, MAX_TENSORS))
-_SIZE = _is("a dimension", lambda v: _is_int(v, 0, MAX_NUMBERS))
-_ROWS = _is("a number of rows from 1", lambda v: _is_int(v, 1, 1 << 31))
-_NUMBER = _is("a finite number", _is_number)
-_SCALE = _is("a scale above 0", _is_scale)
-_LEVEL = _is("a zero point", lambda v: _is_int(v, -(1 << 31), (1 << 31) - 1))
-_SHAPE = _list(_SIZE, 16)
-_ORDER = _list(_INDEX, 16)
-_OPEN_SHAPE = _list(_or_null(_SIZE), 16)
-
-
-def _either(*checks: Check) -> Check:
-    def run(field: str, value: Any) -> None:
-        for inner in checks[:-1]:
-            try:
-                return inner(field, value)
-            except BundleError:
-                continue
-        return checks[-1](field, value)
-
-    return run
-
-
-_PORT = _fields(
+_PORT = f.fields(
     {
-        "name": _TEXT,
-        "dtype": _one_of(*DTYPES),
-        "shape": _OPEN_SHAPE,
-        "scale": _or_null(_SCALE),
-        "zero_point": _or_null(_LEVEL),
+        "name": f.TEXT,
+        "dtype": f.one_of(*DTYPES),
+        "shape": f.OPEN_SHAPE,
+        "scale": f.or_null(f.SCALE),
+        "zero_point": f.or_null(f.LEVEL),
     }
 )
-_MEMBER = _fields(
+_MEMBER = f.fields(
     {
-        "sha256": _is("64 hex digits", lambda v: isinstance(v, str) and bool(_SHA256.match(v))),
-        "size": _COUNT,
+        "sha256": f.claim("64 hex digits", lambda v: isinstance(v, str) and bool(_SHA256.match(v))),
+        "size": f.COUNT,
     }
 )
-_CUT = _fields({"axis": _INDEX, "of": _SIZE, "at": _list(_SIZE, MAX_NUMBERS)})
-_FLOAT = _fields(
-    {"param": _INDEX, "kind": _ANY, "offset": _OFFSET, "order": _ORDER, "rows": _CUT},
+_CUT = f.fields({"axis": f.INDEX, "of": f.SIZE, "at": f.list_of(f.SIZE, f.MAX_NUMBERS)})
+_FLOAT = f.fields(
+    {"param": f.INDEX, "kind": f.ANY, "offset": f.OFFSET, "order": f.ORDER, "rows": _CUT},
     optional=("order", "rows"),
 )
 _WIDTHS = {"float16": 2, "float32": 4, "range": 4}
-_PATCH: dict[str, Check] = {
+_PATCH: dict[str, f.Check] = {
     "float16": _FLOAT,
     "float32": _FLOAT,
-    "range": _fields({"param": _INDEX, "kind": _ANY, "offset": _OFFSET}),
-    "quantized": _fields(
+    "range": f.fields({"param": f.INDEX, "kind": f.ANY, "offset": f.OFFSET}),
+    "quantized": f.fields(
         {
-            "param": _INDEX,
-            "kind": _ANY,
-            "dtype": _one_of("int8", "uint8"),
-            "offset": _OFFSET,
-            "scale_offset": _OFFSET,
-            "scales": _COUNT,
-            "axis": _or_null(_INDEX),
-            "zero_point": _either(_list(_LEVEL, MAX_NUMBERS), _LEVEL),
-            "order": _ORDER,
+            "param": f.INDEX,
+            "kind": f.ANY,
+            "dtype": f.one_of("int8", "uint8"),
+            "offset": f.OFFSET,
+            "scale_offset": f.OFFSET,
+            "scales": f.COUNT,
+            "axis": f.or_null(f.INDEX),
+            "zero_point": f.either(f.list_of(f.LEVEL, f.MAX_NUMBERS), f.LEVEL),
+            "order": f.ORDER,
             "rows": _CUT,
         },
         optional=("order", "rows"),
     ),
-    "bias": _fields(
+    "bias": f.fields(
         {
-            "param": _or_null(_INDEX),
-            "kind": _ANY,
-            "shape": _SHAPE,
-            "offset": _OFFSET,
-            "scale_offset": _OFFSET,
-            "scales": _COUNT,
-            "input_scale": _SCALE,
-            "input": _INDEX,
-            "weight": _INDEX,
-            "weight_scale": _list(_SCALE, MAX_NUMBERS),
+            "param": f.or_null(f.INDEX),
+            "kind": f.ANY,
+            "shape": f.SHAPE,
+            "offset": f.OFFSET,
+            "scale_offset": f.OFFSET,
+            "scales": f.COUNT,
+            "input_scale": f.SCALE,
+            "input": f.INDEX,
+            "weight": f.INDEX,
+            "weight_scale": f.list_of(f.SCALE, f.MAX_NUMBERS),
             "rows": _CUT,
         },
         optional=("input", "weight", "weight_scale", "shape", "rows"),
@@ -246,48 +145,50 @@ _PATCH: dict[str, Check] = {
 }
 
 
-def _formats(inner: Check) -> Check:
-    return _fields(dict.fromkeys(FORMATS, inner), optional=FORMATS)
+def _formats(inner: f.Check) -> f.Check:
+    return f.fields(dict.fromkeys(FORMATS, inner), optional=FORMATS)
 
 
 def _patch(field: str, value: Any) -> None:
     kind = value.get("kind") if isinstance(value, dict) else value
     if not isinstance(kind, str) or kind not in _PATCH:
-        _fail(f"{field}.kind", f"one of {', '.join(_PATCH)}", kind)
+        f.fail(f"{field}.kind", f"one of {', '.join(_PATCH)}", kind)
     _PATCH[kind](field, value)
 
 
-_MANIFEST: dict[str, Check] = {
-    "format": _TEXT,
-    "source": _one_of(*FORMATS),
-    "name": _TEXT,
-    "producer": _TEXT,
-    "loss": _one_of(*LOSSES),
-    "train": _ANY,
-    "optimizer": _list(_list(_ANY, 3), 16),
-    "lr": _is("a learning rate from 0", lambda v: _is_number(v) and v >= 0),
-    "proximal": _FLAG,
+_MANIFEST: dict[str, f.Check] = {
+    "format": f.TEXT,
+    "source": f.one_of(*FORMATS),
+    "name": f.TEXT,
+    "producer": f.TEXT,
+    "loss": f.one_of(*LOSSES),
+    "train": f.ANY,
+    "optimizer": f.list_of(f.list_of(f.ANY, 3), 16),
+    "lr": f.claim("a learning rate from 0", lambda v: f.is_number(v) and v >= 0),
+    "proximal": f.FLAG,
     "input": _PORT,
     "output": _PORT,
-    "target": _fields({"dtype": _one_of("int64", "float32"), "shape": _OPEN_SHAPE}),
-    "params": _list(_fields({"name": _TEXT, "shape": _SHAPE})),
-    "slots": _list(_fields({"name": _TEXT, "param": _or_null(_INDEX), "shape": _SHAPE})),
-    "graphs": _formats(_fields(dict.fromkeys(ROLES, _TEXT), optional=("train", "evaluate"))),
-    "patches": _formats(_list(_patch)),
-    "cost": _map(_either(_NUMBER, _map(_NUMBER))),
-    "members": _map(_MEMBER),
-    "spliced": _map(
-        _list(_fields({"at": _OFFSET, "member": _TEXT, "offset": _OFFSET, "size": _OFFSET}))
+    "target": f.fields({"dtype": f.one_of("int64", "float32"), "shape": f.OPEN_SHAPE}),
+    "params": f.list_of(f.fields({"name": f.TEXT, "shape": f.SHAPE})),
+    "slots": f.list_of(f.fields({"name": f.TEXT, "param": f.or_null(f.INDEX), "shape": f.SHAPE})),
+    "graphs": _formats(f.fields(dict.fromkeys(ROLES, f.TEXT), optional=("train", "evaluate"))),
+    "patches": _formats(f.list_of(_patch)),
+    "cost": f.table_of(f.either(f.NUMBER, f.table_of(f.NUMBER))),
+    "members": f.table_of(_MEMBER),
+    "spliced": f.table_of(
+        f.list_of(
+            f.fields({"at": f.OFFSET, "member": f.TEXT, "offset": f.OFFSET, "size": f.OFFSET})
+        )
     ),
 }
 
 
 def _check_members(members: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
     if members.keys() != sizes.keys():
-        _fail("members", f"{sorted(sizes)} as in the archive", sorted(members))
+        f.fail("members", f"{sorted(sizes)} as in the archive", sorted(members))
     for name, size in sizes.items():
         if members[name]["size"] != size:
-            _fail(f"members.{name}.size", str(size), members[name]["size"], "fetch it again")
+            f.fail(f"members.{name}.size", str(size), members[name]["size"], "fetch it again")
 
 
 def _whole(
@@ -297,18 +198,18 @@ def _whole(
     whole = dict(sizes)
     for name, splices in spliced.items():
         if name not in sizes or name == "params.bin":
-            _fail(f"spliced.{name}", "a graph of this bundle", name)
+            f.fail(f"spliced.{name}", "a graph of this bundle", name)
         begun = gone = 0
         for i, splice in enumerate(splices):
             field, end = f"spliced.{name}[{i}]", splice["offset"] + splice["size"]
             if end > sizes.get(splice["member"], 0):
-                _fail(field, "bytes that a member stores", splice)
+                f.fail(field, "bytes that a member stores", splice)
             if not begun <= splice["at"] - gone <= sizes[name]:
-                _fail(f"{field}.at", "places in order, within the member", splice["at"])
+                f.fail(f"{field}.at", "places in order, within the member", splice["at"])
             begun, gone = splice["at"] - gone, gone + splice["size"]
         whole[name] += gone
     if max(whole.values(), default=0) > MAX_WHOLE_BYTES:
-        _fail("spliced", f"members of at most {MAX_WHOLE_BYTES} bytes", max(whole.values()))
+        f.fail("spliced", f"members of at most {MAX_WHOLE_BYTES} bytes", max(whole.values()))
     return whole
 
 
@@ -316,29 +217,29 @@ def _check_params(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> None
     params = manifest["params"]
     numbers = sum(math.prod(p["shape"]) for p in params)
     if not params or len({p["name"] for p in params}) != len(params):
-        _fail("params", "at least one, each name once", [p["name"] for p in params])
+        f.fail("params", "at least one, each name once", [p["name"] for p in params])
     if sizes.get("params.bin") != 4 * numbers:
-        _fail("params", f"{sizes.get('params.bin')} bytes as in params.bin", 4 * numbers)
+        f.fail("params", f"{sizes.get('params.bin')} bytes as in params.bin", 4 * numbers)
     for i, slot in enumerate(manifest["slots"]):
         if slot["param"] is not None and slot["param"] >= len(params):
-            _fail(f"slots[{i}].param", f"an index below {len(params)}", slot["param"])
+            f.fail(f"slots[{i}].param", f"an index below {len(params)}", slot["param"])
     state = sum(math.prod(slot["shape"]) for slot in manifest["slots"])
-    if state > 2 * MAX_NUMBERS:
-        _fail("slots", f"at most {2 * MAX_NUMBERS} numbers in all", state)
+    if state > 2 * f.MAX_NUMBERS:
+        f.fail("slots", f"at most {2 * f.MAX_NUMBERS} numbers in all", state)
 
 
 def _check_graphs(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
     graphs, source = manifest["graphs"], manifest["source"]
     if source not in graphs or graphs.keys() != manifest["patches"].keys():
-        _fail("graphs", f"{source}, and the same formats as in patches", sorted(graphs))
+        f.fail("graphs", f"{source}, and the same formats as in patches", sorted(graphs))
     if not any("train" in roles for roles in graphs.values()):
-        _fail("graphs", "a training graph in at least one format", graphs)
+        f.fail("graphs", "a training graph in at least one format", graphs)
     for name, roles in graphs.items():
         if ("train" in roles) != ("evaluate" in roles):
-            _fail(f"graphs.{name}", "train and evaluate, both or neither", sorted(roles))
+            f.fail(f"graphs.{name}", "train and evaluate, both or neither", sorted(roles))
         for role, member in roles.items():
             if member not in sizes:
-                _fail(f"graphs.{name}.{role}", f"one of {sorted(sizes)}", member)
+                f.fail(f"graphs.{name}.{role}", f"one of {sorted(sizes)}", member)
 
 
 def _check_patches(
@@ -351,25 +252,25 @@ def _check_patches(
     for i, patch in enumerate(patches):
         field = f"patches.{name}[{i}]"
         if patch["param"] is not None and patch["param"] >= len(shapes):
-            _fail(f"{field}.param", f"an index below {len(shapes)}", patch["param"])
+            f.fail(f"{field}.param", f"an index below {len(shapes)}", patch["param"])
         if "weight" in patch and weights.get(patch["weight"]) not in {1, patch["scales"]}:
-            _fail(f"{field}.weight", "a quantized parameter with as many scales", patch["weight"])
+            f.fail(f"{field}.weight", "a quantized parameter with as many scales", patch["weight"])
         if "input" in patch and patch["input"] not in ranges:
-            _fail(f"{field}.input", "a parameter that is a range", patch["input"])
+            f.fail(f"{field}.input", "a parameter that is a range", patch["input"])
         spans += [(a, b, i) for a, b in _spans(field, patch, shapes)]
     spans.sort()
     for (_, before, _), (start, _, i) in itertools.pairwise(spans):
         if start < before:
-            _fail(f"patches.{name}[{i}]", "bytes that no other patch writes", start)
+            f.fail(f"patches.{name}[{i}]", "bytes that no other patch writes", start)
     if spans and max(b for _, b, _ in spans) > end:
         furthest = max(b for _, b, _ in spans)
-        _fail(f"patches.{name}", f"bytes within the predict graph ({end})", furthest)
+        f.fail(f"patches.{name}", f"bytes within the predict graph ({end})", furthest)
 
 
 def _spans(field: str, patch: Mapping[str, Any], shapes: list[list[int]]) -> list[tuple[int, int]]:
     kind, param = patch["kind"], patch["param"]
     if param is None and "shape" not in patch:
-        _fail(f"{field}.shape", "a shape, as no parameter gives one", None)
+        f.fail(f"{field}.shape", "a shape, as no parameter gives one", None)
     shape = patch["shape"] if param is None else shapes[param]
     if "rows" in patch:
         _check_rows(f"{field}.rows", patch["rows"], shape)
@@ -377,9 +278,9 @@ def _spans(field: str, patch: Mapping[str, Any], shapes: list[list[int]]) -> lis
     at, numbers = patch["offset"], math.prod(shape)
     order = patch.get("order", range(len(shape)))
     if sorted(order) != list(range(len(shape))):
-        _fail(f"{field}.order", f"each axis of {shape} once", order)
+        f.fail(f"{field}.order", f"each axis of {shape} once", order)
     if kind == "range" and numbers != 1:
-        _fail(f"{field}.param", "a parameter of one number", shape)
+        f.fail(f"{field}.param", "a parameter of one number", shape)
     if kind in _WIDTHS:
         return [(at, at + _WIDTHS[kind] * numbers)]
     scales = patch["scales"]
@@ -402,36 +303,36 @@ def whole_shape(patch: Mapping[str, Any], shape: Sequence[int]) -> list[int]:
 def _check_rows(field: str, rows: Mapping[str, Any], shape: list[int]) -> None:
     at, axis = rows["at"], rows["axis"]
     if axis >= len(shape) or shape[axis] != len(at):
-        _fail(f"{field}.at", f"an index for each along axis {axis} of {shape}", at)
+        f.fail(f"{field}.at", f"an index for each along axis {axis} of {shape}", at)
     if at != sorted(set(at)) or (at and at[-1] >= rows["of"]):
-        _fail(f"{field}.at", f"indices below {rows['of']}, rising", at)
+        f.fail(f"{field}.at", f"indices below {rows['of']}, rising", at)
 
 
 def _check_quantized(field: str, patch: Mapping[str, Any], shape: list[int]) -> None:
     """Check scales and zero points; `shape`: of the whole tensor, also where rows of it learn."""
     axis, rows = patch["axis"], patch.get("rows")
     if rows and axis != rows["axis"]:
-        _fail(f"{field}.axis", f"{rows['axis']}, so that each row has a scale of its own", axis)
+        f.fail(f"{field}.axis", f"{rows['axis']}, so that each row has a scale of its own", axis)
     if axis is not None and axis >= len(shape):
-        _fail(f"{field}.axis", f"an axis of {shape}", axis)
+        f.fail(f"{field}.axis", f"an axis of {shape}", axis)
     scales = 1 if axis is None else shape[axis]
     if patch["scales"] != scales:
-        _fail(f"{field}.scales", f"{scales}, one for each of axis {axis}", patch["scales"])
+        f.fail(f"{field}.scales", f"{scales}, one for each of axis {axis}", patch["scales"])
     info = np.iinfo(patch["dtype"])
     points = patch["zero_point"]
     points = points if isinstance(points, list) else [points]
     learning = len(rows["at"]) if rows else scales
     if len(points) not in {1, learning} or not all(info.min <= z <= info.max for z in points):
-        _fail(f"{field}.zero_point", f"1 or {learning} values of {patch['dtype']}", points)
+        f.fail(f"{field}.zero_point", f"1 or {learning} values of {patch['dtype']}", points)
 
 
 def _check_bias(field: str, patch: Mapping[str, Any], shape: list[int]) -> None:
     if ("weight" in patch) == ("weight_scale" in patch):
-        _fail(f"{field}.weight", "weight or weight_scale, one of the two", patch.get("weight"))
+        f.fail(f"{field}.weight", "weight or weight_scale, one of the two", patch.get("weight"))
     scales, rows = patch["scales"], patch.get("rows")
     if rows and patch["param"] is None:
-        _fail(f"{field}.rows", "no rows, as no parameter has them", rows["at"])
+        f.fail(f"{field}.rows", "no rows, as no parameter has them", rows["at"])
     if scales not in {1, math.prod(shape)}:
-        _fail(f"{field}.scales", f"1 or {math.prod(shape)}", scales)
+        f.fail(f"{field}.scales", f"1 or {math.prod(shape)}", scales)
     if "weight_scale" in patch and len(patch["weight_scale"]) not in {1, scales}:
-        _fail(f"{field}.weight_scale", f"1 or {scales} numbers", len(patch["weight_scale"]))
+        f.fail(f"{field}.weight_scale", f"1 or {scales} numbers", len(patch["weight_scale"]))

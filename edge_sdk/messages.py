@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeAlias, get_type_hints
 from edge_sdk import cbor, signing, topics
 from edge_sdk.bounds import (
     Bound,
+    Code,
     CodecSpec,
     Flag,
     Hash16,
@@ -57,6 +58,23 @@ MAX_TRANSFER = 64 * 2**20
 PRELUDE = struct.Struct("<4sHHIIII")
 OVERHEAD = PRELUDE.size + signing.SIGNATURE_BYTES
 
+REASONS = (
+    "conditions",
+    "limits",
+    "disk",
+    "examples",
+    "failed",
+    "no-update",
+    "no-model",
+    "bad-bundle",
+    "bad-model",
+    "version",
+    "deadline",
+    "gave-up",
+    "leaving",
+)
+"""Why a device declines. Only ever appended to: a place in the list is what stores keep."""
+
 _MAGIC = b"FDGE"
 _MAX_HEADER = 2048
 _MUST_KNOW = 0xFFFF  # of the flags: a reader that does not know one of these bits refuses the frame
@@ -75,6 +93,10 @@ class Status:
     sdk: Label
     tags: MaybeTags = None
     """What the device says of itself, for choosing who takes part in a task."""
+    start: Word63 = 0
+    """Drawn at random by each start of the device; 0 is not told."""
+    connection: Word32 = 0
+    """Grows with each connection of a start; the will is that of its own connection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +131,16 @@ class CheckIn:
     call: Word63
     ready: Flag
     examples: Word32
+    boot: Word63 = 0
+    """This and the next two as in the status of the connection that it is said over."""
+    start: Word63 = 0
+    connection: Word32 = 0
+    turn: Word32 = 0
+    """Grows with each check-in of a start: one with a smaller number is an old one."""
+    reason: Code = ""
+    """Why not ready: one of `REASONS`, or one that a later device knows."""
+    asks: Flag = False
+    """Whether an offer came that is older than one before it: `Heard` is to say which holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +219,23 @@ class Missing:
 
 
 @dataclass(frozen=True, slots=True)
+class Heard:
+    """The newest that the coordinator has heard of a device, and what it offers now.
+
+    It answers a check-in that `asks`, and a device whose start is not proven to be the newest one.
+    """
+
+    boot: Word63
+    """The greatest that the device ever told."""
+    start: Word63
+    turn: Word32
+    """Of the check-in that it answers; 0 where it answers none."""
+    call: Word63
+    """Of the task's offer, as the next."""
+    round: Word32
+
+
+@dataclass(frozen=True, slots=True)
 class Part:
     """One slice of the bundle, of the weights or of a patch. Retained."""
 
@@ -200,7 +249,9 @@ class Part:
     body: bytes = b""
 
 
-Message: TypeAlias = Status | Offer | CheckIn | Invite | Update | Chunk | Receipt | Part | Missing
+Message: TypeAlias = (
+    Status | Offer | CheckIn | Invite | Update | Chunk | Receipt | Part | Missing | Heard
+)
 
 KINDS: dict[int, type[Message]] = {
     1: Status,
@@ -212,6 +263,7 @@ KINDS: dict[int, type[Message]] = {
     7: Receipt,
     8: Part,
     9: Missing,
+    10: Heard,
 }
 _NUMBERS = {kind: number for number, kind in KINDS.items()}
 

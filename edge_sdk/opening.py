@@ -41,6 +41,7 @@ def first(
         unreceipted=unreceipted,
         round=resumed,
         declined=stint.has_let_go,
+        declined_for="gave-up" if stint.has_let_go else "",
         train_retry=Retry() if resumed else stint.retry,
     )
 

@@ -54,6 +54,10 @@ REFUSED_KEPT = 8
 OFFER_PATIENCE_S = 10.0  # after a restart, for word of whether the round that we were at goes on
 
 
+_CODES = {"max_bytes_per_day": "limits", "max_minutes_per_day": "limits", "disk": "disk"}
+"""What else lapses than the application's conditions, as a decline says it."""
+
+
 class Phase(Enum):
     """Where the round under way stands."""
 
@@ -126,6 +130,8 @@ class Session(NamedTuple):
     round: Round | None = None
     following: Round | None = None
     declined: bool = False
+    declined_for: str = ""
+    """Why, in one of `messages.REASONS`."""
     sent_round: int = -1
     unreceipted: tuple[Unreceipted, ...] = ()
 
@@ -318,7 +324,7 @@ def _train_failed(state: Session, event: TrainFailed) -> tuple[Session, tuple[Ac
     if was_resumed and current.phase is Phase.STOPPING and state.following is not None:
         return state._replace(round=None), (Abandon(event.round),)  # it made way for a newer one
     state = state._replace(train_retry=state.train_retry.after(state.now))
-    state, actions = _give_up(state, event.round)
+    state, actions = _give_up(state, event.round, why_not(state, trained=True))
     return state, tuple(actions)
 
 
@@ -394,7 +400,8 @@ def _take_up(state: Session, current: Round) -> tuple[Session, list[Action]]:
     model, offer, invite = state.model, state.offer, current.invite
     newest = max([known.version for known in (model, offer) if known is not None], default=0)
     if newest > invite.version or state.now >= current.deadline_at:
-        return _give_up(state, invite.round)
+        why = "version" if newest > invite.version else "deadline"
+        return _give_up(state, invite.round, why)
     if offer is None and current.resumed_at is not None:
         if state.now < current.resumed_at + OFFER_PATIENCE_S:
             return state, []  # it says whether the round goes on
@@ -402,16 +409,34 @@ def _take_up(state: Session, current: Round) -> tuple[Session, list[Action]]:
     else:
         is_ready = state.is_ready
     if not is_ready:
-        return _give_up(state, invite.round)
+        return _give_up(state, invite.round, why_not(state))
     if model is None or model.model != invite.model:
         return state, []  # its weights are on the way
     training = replace(current, phase=Phase.TRAINING)
     return state._replace(round=training), [Train(invite.round)]
 
 
-def _give_up(state: Session, round_: int) -> tuple[Session, list[Action]]:
+def _give_up(state: Session, round_: int, why: str) -> tuple[Session, list[Action]]:
     """Let go of the round under way, and say so, that nobody waits for us in vain."""
-    return state._replace(round=None, declined=True), [Abandon(round_)]
+    return state._replace(round=None, declined=True, declined_for=why), [Abandon(round_)]
+
+
+def why_not(state: Session, *, trained: bool = False) -> str:  # noqa: PLR0911 - one line a reason
+    """Return why no invitation is taken up now: one of `messages.REASONS`, or nothing."""
+    offer, model = state.offer, state.model
+    if offer is not None and offer.bundle == state.refused_bundle:
+        return "bad-bundle"
+    if offer is not None and offer.model in state.refused:
+        return "bad-model"
+    if state.lapsed or not state.may_train:
+        return next((_CODES[name] for name in state.lapsed if name in _CODES), "conditions")
+    if state.examples < state.min_examples:
+        return "examples"
+    if trained:
+        return "no-update"
+    if state.now < state.train_retry.at:
+        return "failed"
+    return "" if offer and model and model.bundle == offer.bundle else "no-model"
 
 
 def _plan_check_in(state: Session) -> tuple[Session, list[Action]]:
@@ -426,7 +451,11 @@ def _plan_check_in(state: Session) -> tuple[Session, list[Action]]:
         return state, []
     if ready and not declined and state.now < max(state.answer_at, state.rest_until):
         return state, []  # neither at once with everybody, nor before a round can need us
-    said = [CheckIn(offer.call, is_in, state.examples) for is_in in _standings(ready, declined)]
+    why = (declined and state.declined_for) or why_not(state)
+    said = [
+        CheckIn(offer.call, is_in, state.examples, "" if is_in else why)
+        for is_in in _standings(ready, declined)
+    ]
     return state._replace(stands=said[-1], stands_at=state.now), [*said]
 
 

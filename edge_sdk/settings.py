@@ -32,11 +32,13 @@ class Settings:
     limits: Limits = Limits()  # noqa: RUF009 - frozen, as the value is
     tags: Mapping[str, Tag] = field(default_factory=dict)
     """What the device says of itself."""
+    start: int = 0
+    """Drawn at random for this start; 0 where none was."""
     pinned: bytes | None = None
     """The one coordinator key to trust; without it, the first one seen."""
 
 
-def hello(key: Identity, settings: Settings, *, online: bool) -> bytes:
+def hello(key: Identity, settings: Settings, *, online: bool, connection: int = 0) -> bytes:
     """Return a device's signed status message."""
     status = messages.Status(
         device=key.id,
@@ -46,5 +48,7 @@ def hello(key: Identity, settings: Settings, *, online: bool) -> bytes:
         name=settings.name or key.id,
         sdk=settings.sdk,
         tags=dict(settings.tags) or None,
+        start=settings.start,
+        connection=connection,
     )
     return messages.encode(status, key, topics.status(key.id))

@@ -133,10 +133,10 @@ class Store:
             )
         return key
 
-    def count_boot(self) -> int:
-        """Return a number that grows with each start, while the disk takes it."""
+    def count_boot(self, beyond: int = 0) -> int:
+        """Return a number that grows with each start, while the disk takes it; over `beyond`."""
         path = self.folder / "boot"
-        boot = (self._read(path, lambda data: max(0, int(data))) or 0) + 1
+        boot = max(self._read(path, lambda data: max(0, int(data))) or 0, beyond) + 1
         try:
             self._write(path, str(boot).encode())
         except StoreError as error:  # a full disk must not keep the model from answering

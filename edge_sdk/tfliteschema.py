@@ -290,7 +290,6 @@ _BUILTINS = """
 BUILTINS = tuple(_BUILTINS.split())
 """Operators by their builtin code."""
 
-CUSTOM = BUILTINS.index("CUSTOM")
 _PLACEHOLDER = BUILTINS.index("PLACEHOLDER_FOR_GREATER_OP_CODES")
 SECOND_OPTIONS = {
     name

@@ -16,7 +16,7 @@ from edge_sdk.errors import MessageError
 PREFIX = "fedge/1"
 SHARDS = 256
 UP_KINDS = ("checkin", "update", "chunk")
-DOWN_KINDS = ("invite", "receipt", "missing")
+DOWN_KINDS = ("invite", "receipt", "missing", "heard")
 PART_KINDS = {"bundle": "b", "weights": "w", "patch": "p"}
 SLOTS = 64
 """Patches that are retained at a time: twice as many as an offer may name."""

@@ -205,10 +205,6 @@ class Emit:
         """Return a tensor's dtype where it is known."""
         return self._values[name].dtype if name in self._values else None
 
-    def is_const(self, name: str) -> bool:
-        """Tell whether a tensor's value is fixed in the graph."""
-        return name in self.initializers
-
     def value(self, name: str) -> Tensor | None:
         """Return a constant's value, or None for a tensor known only at run time."""
         return self.initializers.get(name)

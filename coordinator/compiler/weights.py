@@ -49,7 +49,6 @@ class Quantized:
     """How a stored tensor's integers stand for real numbers: ``(q - zero_point) * scale``."""
 
     dtype: np.dtype[Any]
-    scale_name: str
     scale: Array  # [] or [channels]
     zero_point: NDArray[np.int64]  # as scale
     axis: int | None  # of the stored tensor; None: one scale for all
@@ -220,7 +219,7 @@ def _scheme(graph: Graph, node: Node) -> Quantized:
     zero = graph.initializers.get(node.input(2), np.zeros(1, np.int64)).astype(np.int64)
     axis = node.attr("axis", 1) % max(stored.ndim, 1) if scale.size > 1 else None
     zero = np.broadcast_to(zero.reshape(-1), (scale.size,))
-    return Quantized(stored.dtype, node.inputs[1], scale.reshape(-1), zero, axis)
+    return Quantized(stored.dtype, scale.reshape(-1), zero, axis)
 
 
 def _named(weights: list[Weight]) -> list[Weight]:

@@ -22,10 +22,11 @@ class Radio(Client):
         network: Network,
         process: Process,
         name: str,
-        will: tuple[str, bytes],
+        will: Callable[[], tuple[str, bytes]],
         max_packet: int,
     ) -> None:
-        super().__init__(network, name, Message(*will))
+        super().__init__(network, name)
+        self._will = will
         self.counters = Counters()
         self.max_packet = max_packet
         self._process = process
@@ -72,8 +73,12 @@ class Radio(Client):
 
     def close(self) -> None:
         """Say goodbye: the will, then the end of the connection."""
-        if self.wire is not None and self.will is not None:
-            self.publish(*self.will, retain=True)
+        if self.wire is not None and self.wire.will is not None:
+            self.publish(*self.wire.will, retain=True)
+
+    def will(self) -> Message:
+        """Return the device's will for a connection that begins."""
+        return Message(*self._will())
 
     def turned(self) -> None:
         """Do again what a new connection needs, and tell the device."""
@@ -114,7 +119,7 @@ class Trunk(Client):
     """A `Link`: what is published is sent until the broker has it, and retained things again."""
 
     def __init__(self, network: Network, process: Process, watch: Watch) -> None:
-        super().__init__(network, "coordinator", None)
+        super().__init__(network, "coordinator")
         self.on_up: Callable[[], None] = lambda: None
         self._process, self._said, self._excuse = process, watch.said, watch.excuse
         self._context = contextvars.copy_context()

@@ -9,7 +9,17 @@ from dataclasses import dataclass, replace
 
 from edge_sdk.errors import ConfigError
 
-CLASSES = ("network", "partition", "broker", "device", "coordinator", "disk", "clock", "leave")
+CLASSES = (
+    "network",
+    "partition",
+    "broker",
+    "device",
+    "coordinator",
+    "disk",
+    "clock",
+    "leave",
+    "replay",
+)
 """Kinds of faults that can be left out of a run."""
 
 NEVER_S = 1e12
@@ -42,6 +52,8 @@ class Faults:
     clocks: bool = False
     leave: float = 0.0
     """Share of the devices that go for good."""
+    replay: float = 0.0
+    """Of what is said of presence and offers: the chance that something older is played back."""
 
     @property
     def any_message(self) -> float:
@@ -88,6 +100,7 @@ def draw(rng: random.Random, classes: Collection[str] = CLASSES) -> Faults:
         unready_every_s=every_s(5, 60),
         clocks=True,
         leave=share(0.25),
+        replay=share(0.3),
     )
     return _only(full, classes)
 
@@ -112,4 +125,5 @@ _OF = {
     "disk": ("disk_every_s",),
     "clock": ("clocks",),
     "leave": ("leave",),
+    "replay": ("replay",),
 }

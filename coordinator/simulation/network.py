@@ -26,6 +26,10 @@ QUEUE_LIMIT = 1000
 KEEPALIVE_S = 12.0
 REDIAL_S = 1.0, 6.0
 
+CAPTURED = 512
+"""Frames of which somebody keeps what may be played back."""
+REPLAY_WITHIN_S = 30.0
+
 _matches = functools.cache(topics.matches)
 
 
@@ -98,8 +102,8 @@ class Broker:
         if session is None or session.wire is not wire:
             return
         self._part(session)
-        if (will := wire.client.will) is not None:
-            self.publish(will, retain=True)
+        if wire.will is not None:
+            self.publish(wire.will, retain=True)
 
     def _part(self, session: Session) -> None:
         session.wire = None
@@ -108,6 +112,11 @@ class Broker:
 
     def publish(self, message: Message, *, retain: bool) -> None:
         """Pass a message on to whoever subscribed."""
+        self._network.overheard(message, retain)
+        self.pass_on(message, retain=retain)
+
+    def pass_on(self, message: Message, *, retain: bool) -> None:
+        """Pass a message on that nobody listens in to."""
         if retain and message.payload:
             self.retained[message.topic] = message.payload
         for session in self._subscribers(message.topic):
@@ -169,8 +178,8 @@ class Broker:
 class Client:
     """One end of the connections of one client id; `is_up` as the client believes."""
 
-    def __init__(self, network: Network, name: str, will: Message | None) -> None:
-        self.network, self.id, self.will = network, name, will
+    def __init__(self, network: Network, name: str) -> None:
+        self.network, self.id = network, name
         self.wire: Wire | None = None
         self.is_gone = False
 
@@ -190,6 +199,10 @@ class Client:
             self.wire = None
             self.network.cut(wire, told_s=self.network.delay_s())
 
+    def will(self) -> Message | None:
+        """Return what the broker publishes at the end of a connection that begins."""
+        return None
+
     def turned(self) -> None:
         """Called when the broker has us, or no longer."""
 
@@ -203,6 +216,7 @@ class Wire:
 
     client: Client
     broker: Broker
+    will: Message | None = None
     is_open: bool = True
     last_up_s: float = 0.0
     last_down_s: float = 0.0
@@ -234,6 +248,23 @@ class Network:
         self.faults = faults
         self.broker = Broker(self)
         self._blocked: dict[str, _Blocked] = {}
+        self._captured: list[tuple[Message, bool]] = []
+
+    def overheard(self, message: Message, retain: bool) -> None:
+        """Keep what tells of presence and offers; now and then something of it is played back."""
+        if not self.faults.replay or not message.topic.endswith(("/status", "/checkin", "/offer")):
+            return
+        if len(self._captured) >= CAPTURED:
+            del self._captured[self.rng.randrange(CAPTURED)]
+        self._captured.append((message, retain))
+        if self.rng.random() < self.faults.replay:
+            wait_s = self.rng.uniform(0.0, REPLAY_WITHIN_S)
+            self.loop.call_later(wait_s, self._replay, *self.rng.choice(self._captured))
+
+    def _replay(self, message: Message, retain: bool) -> None:
+        if self.faults.replay and self.broker.is_up:
+            self.trace.fault("replay", "broker", message.topic)
+            self.broker.pass_on(message, retain=retain)
 
     def delay_s(self) -> float:
         """Return what a message takes."""
@@ -346,7 +377,7 @@ class Network:
         if not self.broker.is_up or max(blocked.up_s, blocked.down_s) > now:
             self.redial(client)
             return
-        wire = Wire(client, self.broker, last_up_s=now, last_down_s=now)
+        wire = Wire(client, self.broker, client.will(), last_up_s=now, last_down_s=now)
         client.wire = wire
         self.trace.event("connect", client.id)
         self.broker.attach(wire)

@@ -18,6 +18,8 @@ QUEUE_LIMIT = 1000
 """Messages kept for a client that is away; the newest are lost beyond it, as mosquitto does."""
 
 _Task = Callable[[], None]
+Will = tuple[str, bytes] | Callable[[], tuple[str, bytes]]
+"""What is published when a connection ends, or what makes it as one begins."""
 
 
 @dataclass(slots=True)
@@ -44,7 +46,7 @@ class MemoryBroker:
         self._members: list[MemoryTransport] = []
         self._tasks: deque[_Task] = deque()
 
-    def transport(self, client_id: str, will: tuple[str, bytes] | None = None) -> MemoryTransport:
+    def transport(self, client_id: str, will: Will | None = None) -> MemoryTransport:
         """Make a client's transport; connect it with `start`."""
         member = MemoryTransport(self, client_id, will)
         self._members.append(member)
@@ -101,6 +103,7 @@ class MemoryBroker:
         session = self._sessions.setdefault(member.client_id, _Session())
         if session.transport is not None and session.transport is not member:
             self.part(session.transport, session.transport.will)  # taken over
+        member.begin()
         session.transport, member.is_up = member, True
         self._tasks.append(lambda: member.tell(is_up=True))
         waiting, session.waiting = session.waiting, deque()
@@ -161,10 +164,10 @@ class MemoryTransport:
     As over MQTT, what is published offline is dropped, but for the latest of each retained topic.
     """
 
-    def __init__(
-        self, broker: MemoryBroker, client_id: str, will: tuple[str, bytes] | None
-    ) -> None:
-        self.client_id, self.will = client_id, will
+    def __init__(self, broker: MemoryBroker, client_id: str, will: Will | None) -> None:
+        self.client_id = client_id
+        self.will = None if callable(will) else will
+        self._make_will = will if callable(will) else None
         self.counters = Counters()
         self.filters: dict[str, None] = {}
         self.is_started = self.is_up = False
@@ -181,6 +184,11 @@ class MemoryTransport:
         self._on_message, self._on_state = on_message, on_state
         self.is_started = True
         self._broker.attach(self)
+
+    def begin(self) -> None:
+        """Make the will of the connection that begins."""
+        if self._make_will is not None:
+            self.will = self._make_will()
 
     def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         """Hand a message to the broker, or drop it (counted) when offline."""

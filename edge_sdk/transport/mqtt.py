@@ -16,6 +16,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,7 +44,8 @@ class _Sent(NamedTuple):
 class Mqtt:
     """A `Transport` over MQTT: QoS 1 both ways, TLS, a will, reconnects by itself.
 
-    Args beyond the obvious: `will` is retained, and `close` publishes it too, so that a device
+    Args beyond the obvious: `will` is retained, or made anew for each connection where it is a
+    function, and `close` publishes it too, so that a device
     that leaves politely is gone as surely as one that vanishes. `session_s` is how long the broker
     keeps what comes for us while we are away. `window` messages are under way at once, at most
     `queue_bytes` wait behind them; what is over that is dropped and counted.
@@ -58,7 +60,7 @@ class Mqtt:
         username: str | None = None,
         password: str | None = None,
         password_file: str | Path | None = None,
-        will: tuple[str, bytes] | None = None,
+        will: tuple[str, bytes] | Callable[[], tuple[str, bytes]] | None = None,
         keepalive_s: int = 30,
         session_s: int = 86_400,
         window: int = 4,
@@ -77,7 +79,9 @@ class Mqtt:
         self.error: TransportError | None = None
         """Why there is no connection now, in one line; None when there is one."""
         self._size = PacketSize(_MAX_PACKET, keepalive_s)
-        self._hello = Hello(client_id, will, keepalive_s, session_s)
+        self._make_will = will if callable(will) else None
+        first = None if callable(will) else will
+        self._hello = Hello(client_id, first, keepalive_s, session_s)
         self._window, self._queue_bytes = window, queue_bytes
         jitter = rng or random.Random()  # noqa: S311 - spreads reconnects, guards nothing
         self._redial = Redial(*backoff_s, jitter, self.endpoint.version)
@@ -120,7 +124,7 @@ class Mqtt:
     @property
     def max_packet(self) -> int:
         """The largest payload to publish now; less where the broker or a slow link asks for it."""
-        return self._size.limit
+        return max(self._size.limit, self._size.carried)
 
     def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         """Queue a message, or drop it (counted) when offline or over the queue's limit.
@@ -191,6 +195,8 @@ class Mqtt:
 
     def _connection(self, heard: socket.socket) -> LinkError | None:
         """Live through one connection; return why it ended, or None if we ended it."""
+        if self._make_will is not None:
+            self._hello = replace(self._hello, will=self._make_will())
         link = Link(
             self.endpoint,
             self._hello,

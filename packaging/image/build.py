@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds the card image `fedge-VERSION-arm64.img.xz` for Raspberry Pi 3, 4 and Zero 2 W.
 
-    sudo packaging/image/build --out dist [--deb fedge-device_..._arm64.deb] [--cache DIR]
+    sudo packaging/image/build --out dist [--deb fedge-device_..._arm64.deb] [--cache DIR] [--twice]
 
 Debian trixie by mmdebstrap, the fedge-device package, genimage; nothing is mounted. Needs root, a
 Debian (bookworm or newer) and the package indexes; what is missing is installed. The same commit,
 the same deb and the same Debian packages give the same root file system, byte for byte: its sha256
-and the list of packages are written beside the image.
+and the list of packages are written beside the image. ``--twice`` shows it: package, bare Debian
+and root file system are made two times, neither from a cache, and have to come out the same.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ import sys
 import tempfile
 import time
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
@@ -91,6 +94,9 @@ def main() -> int:
     parser.add_argument("--deb", type=Path, help="the device's package; built when not given")
     parser.add_argument("--cache", type=Path, help="keep the bare Debian there; used if it fits")
     parser.add_argument("--mirror", default=MIRROR, help="of Debian")
+    parser.add_argument(
+        "--twice", action="store_true", help="make the system a second time, and compare"
+    )
     parser.add_argument("--no-xz", action="store_true", help="leave the image as it is")
     args = parser.parse_args()
     if os.geteuid() != 0:
@@ -100,10 +106,16 @@ def main() -> int:
     _emulation()
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="fedge-image-") as made:
-        work = Path(made)
-        deb = (args.deb or _deb(work)).resolve()
-        base = _base(args.cache or work, args.mirror)
-        record = _image(work, base, deb, args.out.resolve(), xz=not args.no_xz)
+        work, again = Path(made) / "once", Path(made) / "again"
+        deb = args.deb or _deb(work)
+        with ThreadPoolExecutor(1) as pool:
+            other = pool.submit(_anew, again, args.mirror, args.deb) if args.twice else None
+            base = _base(args.cache or work, args.mirror, is_new=args.twice)
+            system = _system(work, base, deb)
+            if other is not None:
+                expect_same(system, other.result())
+        record = _image(work, system, deb, args.out.resolve(), xz=not args.no_xz)
+        record["built_twice"] = args.twice
     record |= {"seconds": round(time.monotonic() - began)}
     print(json.dumps(record, indent=2))
     return 0
@@ -167,13 +179,13 @@ def _packages() -> list[str]:
     return " ".join(line for line in lines if not line.startswith("#")).split()
 
 
-def _base(folder: Path, mirror: str) -> Path:
+def _base(folder: Path, mirror: str, *, is_new: bool) -> Path:
     """Return the bare Debian, made once for a list of packages and a set of early files."""
     files = [HERE / "packages", HERE / "exclude", *sorted((HERE / "setup").rglob("*"))]
     parts = [file.read_bytes() for file in files if file.is_file()]
     name = hashlib.sha256(b"\0".join([DISK.encode(), *parts])).hexdigest()[:16]
     base = folder / f"base-{name}"
-    if (base / "etc/os-release").exists():
+    if not is_new and (base / "etc/os-release").exists():
         return base
     folder.mkdir(parents=True, exist_ok=True)
     early = folder / "early"
@@ -190,6 +202,7 @@ def _base(folder: Path, mirror: str) -> Path:
         f"--dpkgopt={HERE / 'exclude'}", SUITE, making, mirror,
         env=_clean(),
     )  # fmt: skip
+    shutil.rmtree(base, ignore_errors=True)
     making.rename(base)
     return base
 
@@ -205,9 +218,46 @@ def _lay(source: Path, target: Path) -> None:
         to.chmod(0o755 if path.stat().st_mode & 0o100 else 0o644)
 
 
-def _image(work: Path, base: Path, deb: Path, out: Path, *, xz: bool) -> dict[str, object]:
+class System(NamedTuple):
+    """The root file system: the folder, what it was made of, and what a card holds of it."""
+
+    root: Path
+    packages: str
+    squashed: Path
+
+
+def _anew(work: Path, mirror: str, deb: Path | None) -> System:
+    """Make a system of which nothing was there before."""
+    return _system(work, _base(work, mirror, is_new=True), deb or _deb(work))
+
+
+def expect_same(first: System, second: System) -> None:
+    """End with what differs, should two systems not be the same."""
+    if first.packages != second.packages:
+        sides = (set(system.packages.splitlines()) for system in (first, second))
+        differ = " ".join(sorted(set.symmetric_difference(*sides)))
+        sys.exit(f"expected one list of packages, the mirror moved on between: {differ}")
+    if _sha256(first.squashed) != _sha256(second.squashed):
+        ones, others = (listing(system.root) for system in (first, second))
+        differ = "\n".join(n for n in sorted({*ones, *others}) if ones.get(n) != others.get(n))
+        sys.exit(f"expected the same root file system of two builds, these differ:\n{differ}")
+
+
+def listing(root: Path) -> dict[str, tuple[object, ...]]:
+    """Return what there is to know of each file but its place in the archive."""
+    found: dict[str, tuple[object, ...]] = {}
+    for path in root.rglob("*"):
+        is_file = path.is_file() and not path.is_symlink()
+        content = str(path.readlink()) if path.is_symlink() else _sha256(path) if is_file else ""
+        had = path.lstat()
+        about = (had.st_mode, had.st_uid, had.st_gid, had.st_nlink, had.st_mtime_ns, content)
+        found[str(path.relative_to(root))] = about
+    return found
+
+
+def _system(work: Path, base: Path, deb: Path) -> System:
     root, files = work / "root", work / "files"
-    files.mkdir()
+    files.mkdir(parents=True)
     _run("cp", "-a", base, root)
     shutil.copy(deb, root / deb.name)
     _run("chroot", root, "dpkg", "-i", f"/{deb.name}", env=_clean())
@@ -218,6 +268,11 @@ def _image(work: Path, base: Path, deb: Path, out: Path, *, xz: bool) -> dict[st
     _settle(root)
     _stamp(root)
     _squash(root, files / "system.squashfs")
+    return System(root, packages, files / "system.squashfs")
+
+
+def _image(work: Path, system: System, deb: Path, out: Path, *, xz: bool) -> dict[str, object]:
+    files, packages = work / "files", system.packages
     _data(work, files / "data.ext4")
     name = f"fedge-{version()}-arm64"
     made = _assemble(work, files, out / f"{name}.img")
@@ -228,10 +283,7 @@ def _image(work: Path, base: Path, deb: Path, out: Path, *, xz: bool) -> dict[st
         "deb": {"file": deb.name, "bytes": deb.stat().st_size, "sha256": _sha256(deb)},
         "packages": len(packages.splitlines()),
         "packages_sha256": hashlib.sha256(packages.encode()).hexdigest(),
-        "system": {
-            "bytes": (files / "system.squashfs").stat().st_size,
-            "sha256": _sha256(files / "system.squashfs"),
-        },
+        "system": {"bytes": system.squashed.stat().st_size, "sha256": _sha256(system.squashed)},
         "img_bytes": made.stat().st_size,
         "img_sha256": _sha256(made),
     }
@@ -280,7 +332,7 @@ def _settle(root: Path) -> None:
 def _stamp(root: Path) -> None:
     """Give everything the time of the commit but Python's sources, whose byte code names theirs."""
     for path in root.rglob("*"):
-        if path.suffix != ".py":
+        if path.suffix != ".py" or path.lstat().st_mtime > epoch():
             os.utime(path, (epoch(), epoch()), follow_symlinks=False)
     shadow = root / "etc/shadow"
     lines = [line.split(":") for line in shadow.read_text().splitlines()]

@@ -13,7 +13,7 @@ import threading
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import paho.mqtt.client as paho
@@ -34,6 +34,7 @@ PASSWORD = "throwaway"  # noqa: S105 - of a broker that lives for minutes
 USERS = ("coordinator", "board", "native", "prover")
 TASK = "proof"
 ROWS = 60
+FEDGE = (sys.executable, "-m", "edge_sdk")
 
 
 class Hub:
@@ -66,21 +67,38 @@ class Hub:
         self._processes: list[Process] = []
 
     def __enter__(self) -> Self:
-        self._start(["mosquitto", "-c", str(self._broker())], "mosquitto")
+        self._broker_file = self._broker()
+        self._start_broker()
         self.seen.start()
-        fedge = [sys.executable, "-m", "edge_sdk"]
-        config = str(self.folder / "coordinator.toml")
-        self.coordinator = self._start(
-            [*fedge, "coordinator", "run", "--config", config], "coordinator"
-        )
+        self.start_coordinator()
         for number in (1, 2):
             config = str(self._native(number))
-            self._start([*fedge, "device", "run", "--config", config], f"native-{number}")
+            self._start([*FEDGE, "device", "run", "--config", config], f"native-{number}")
         return self
 
     def __exit__(self, *_: object) -> None:
         self.seen.stop()
         stop_all(list(reversed(self._processes)))
+
+    def start_coordinator(self) -> None:
+        """Start the coordinator, from its store if it ran before."""
+        config = str(self.folder / "coordinator.toml")
+        words = [*FEDGE, "coordinator", "run", "--config", config]
+        self._coordinator = self._start(words, "coordinator")
+
+    def kill_coordinator(self) -> None:
+        """Kill the coordinator: there is no receipt until it is started again."""
+        self._coordinator.kill()
+        self._coordinator.wait()
+
+    def renew_broker(self) -> None:
+        """Kill the broker and start another, which holds nothing of what the first one held."""
+        self._mosquitto.kill()
+        self._mosquitto.wait()
+        self._start_broker()
+
+    def _start_broker(self) -> None:
+        self._mosquitto = self._start(["mosquitto", "-c", str(self._broker_file)], "mosquitto")
 
     def card(self, name: str) -> dict[str, bytes]:
         """Return the files that a technician puts on the card of a board called `name`."""
@@ -217,6 +235,20 @@ class Hub:
         )
 
 
+class Frame(NamedTuple):
+    """One message as it passed: when, on which topic, as bytes and as what they say."""
+
+    at: float
+    topic: str
+    payload: bytes
+    message: Any
+
+    @property
+    def id(self) -> str:
+        """What the coordinator's journal calls an update."""
+        return messages.Signed(self.payload, self.topic).id.hex()
+
+
 class Seen:
     """What passes through the broker, with the time: an observer that takes no part."""
 
@@ -252,6 +284,23 @@ class Seen:
             if at >= since and device in topic.split("/") and topic.endswith(f"/{kind}"):
                 return at
         return None
+
+    def of_round(
+        self, kind: str, device: str, round_: int | None, since: float = 0.0
+    ) -> Frame | None:
+        """Return the first frame of a kind, from or to a device, that is about a round."""
+        with self._lock:
+            frames = list(self._frames)
+        for at, topic, payload in frames:
+            if at >= since and device in topic.split("/") and topic.endswith(f"/{kind}"):
+                message, _ = messages.decode(payload, topic)
+                if getattr(message, "round", None) == round_:
+                    return Frame(at, topic, payload, message)
+        return None
+
+    def say_again(self, frame: Frame) -> None:
+        """Let a frame pass once more, as a broker that had kept it would."""
+        self._client.publish(frame.topic, frame.payload, qos=1).wait_for_publish(10.0)
 
     def hello(self, name: str, since: float = 0.0) -> tuple[float, str] | None:
         """Return when a device called `name` first said that it is online, and its id."""

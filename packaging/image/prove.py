@@ -2,14 +2,17 @@
 """Boots the card image in QEMU and proves that the board takes part, also over a power cut.
 
     sudo packaging/image/build --out dist
-    .venv/bin/python packaging/image/prove.py --image dist/fedge-VERSION-arm64.img --json image.json
+    sudo packaging/image/prove --image dist/fedge-VERSION-arm64.img --json image.json
 
 On `-M virt` with Cortex-A53 and Cortex-A72 and 1 GB each: the settings on the boot partition are
 taken and wiped, the board reaches a broker on this machine's loopback over TLS, its update is
 counted in a complete round with two native devices, it receives the next version and predicts
-with it; then power is cut in mid-round, and after the next boot identity, examples, model and
-outbox are there and the round ends. The same card image on `-M raspi3b` comes to its first
-receipt. Boots run one at a time. Needs qemu-system-arm, mosquitto, mtools, fdisk.
+with it. Power is cut twice. Once with an update sent and the coordinator dead, and then the broker
+is killed too, so that the card alone has it: after the next boot it is sent and counted, once,
+under its own name. Once in training. Identity, examples and model are there each time. On the
+Cortex-A72 the package is also upgraded while its service runs, with an update waiting. The same
+card image on `-M raspi3b` comes to its first receipt. Boots run one at a time.
+Needs qemu-system-arm, mosquitto, mtools, fdisk.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hub import Hub
+from hub import Frame, Hub
 from machine import BOARDS, MEMORY_MIB, Machine, needed
 
 T = TypeVar("T")
@@ -38,6 +41,23 @@ PATIENCE_S = {"virt-cortex-a53": 420.0, "virt-cortex-a72": 420.0, "raspi3b": 150
 MAX_HELLO_S, MAX_RSS_MIB, MAX_IMAGE_MB, MAX_DEB_MB = 60.0, 90.0, 220.0, 30.0
 EPOCHS = {"virt-cortex-a53": 90, "virt-cortex-a72": 90, "raspi3b": 2}
 """Enough that a round lasts some seconds under emulation: power is cut within."""
+VERSIONS = {"virt-cortex-a53": 3, "virt-cortex-a72": 4, "raspi3b": 1}
+"""One for a round of no trouble, a cut before the receipt, a cut in training, and an upgrade."""
+NEXT, NEXT_VERSION = "next.deb", "99.0"
+OUTBOX = "(cd /var/lib/fedge/outbox; sha256sum *.update)"
+UPGRADE = (
+    "modprobe overlay && mkdir -p /run/over && mount -t tmpfs over /run/over || exit;"
+    "for d in usr opt etc/alternatives etc/fedge etc/systemd var/lib/dpkg; do"
+    " o=/run/over/$d; mkdir -p $o/up $o/work &&"
+    " mount -t overlay -o lowerdir=/$d,upperdir=$o/up,workdir=$o/work over /$d || exit; done;"
+    f"dpkg -i /boot/firmware/{NEXT} 2>&1 | cat"
+)
+"""The root is read-only, and a board's system is exchanged whole. To see a package's own upgrade
+under systemd, what it writes to lies in memory here; the next boot has the old one again."""
+SERVICE = (
+    "dpkg-query -W -f '${Version} ' fedge-device; systemctl show -P MainPID fedge-device;"
+    "systemctl is-active fedge-device"
+)
 STATUS = "cat /var/lib/fedge/status.json"
 PREDICT = (
     "ORT_DISABLE_TELEMETRY=1 PYTHONPATH=/opt/fedge/device/lib python3 -c '"
@@ -58,6 +78,7 @@ def main() -> int:
     """Run the proofs that were asked for; write the record; return 0 when all hold."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--image", type=Path, required=True, help="the .img, not packed")
+    parser.add_argument("--next", type=Path, required=True, help="a later package, to upgrade to")
     parser.add_argument("--board", action="append", choices=BOARDS, help="only these")
     parser.add_argument("--json", type=Path, help="write the record there")
     parser.add_argument("--folder", type=Path, help="keep cards and logs there")
@@ -81,7 +102,7 @@ def main() -> int:
         for board in args.board or BOARDS:
             print(f"== {board}", flush=True)
             began = time.monotonic()
-            record["boards"][board] = _board(board, args.image, folder / board, epoch)
+            record["boards"][board] = _board(board, args, folder / board, epoch)
             record["boards"][board]["seconds"] = round(time.monotonic() - began)
             print(json.dumps(record["boards"][board], indent=2), flush=True)
     record["falls_short"] = short(record)
@@ -113,18 +134,24 @@ def short(record: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _board(board: str, image: Path, folder: Path, epoch: float) -> dict[str, Any]:
+def _board(board: str, args: argparse.Namespace, folder: Path, epoch: float) -> dict[str, Any]:
     found: dict[str, Any] = {"log": []}
-    machine = Machine(board, image, folder)
+    machine = Machine(board, args.image, folder)
+    if VERSIONS[board] > 3:
+        machine.put({NEXT: args.next.read_bytes()})
     since = datetime.fromtimestamp(epoch, UTC)
-    rounds = 1 if board == "raspi3b" else 3
+    rounds = VERSIONS[board]
     try:
         with Hub(folder / "hub", _port(), since=since, rounds=rounds, epochs=EPOCHS[board]) as hub:
             story = Story(machine, hub, found)
             story.first_receipt()
             if board != "raspi3b":
                 story.next_version()
-                story.power_cut()
+                if VERSIONS[board] > VERSIONS["virt-cortex-a53"]:
+                    story.upgrade()
+                story.cut_before_receipt()
+                story.cut_in_training()
+                story.idle()
     except (Unproven, TimeoutError, OSError, subprocess.CalledProcessError) as error:
         found["unproven"] = " ".join(str(error).split())
         found["console"] = machine.console().splitlines()[-30:]
@@ -177,42 +204,128 @@ class Story:
         )
         self._found["predicted"] = right[0] if right else None
 
-    def power_cut(self) -> None:
-        """Pull the plug between an invite and its receipt; then everything is there and goes on."""
+    def cut_before_receipt(self) -> None:
+        """Pull the plug between an update and its receipt: the card alone still knows of it."""
         seen, device = self._hub.seen, self._device
+        kept, sent = self._unreceipted()
+        number = sent.message.round
+        self._cut()
+        self._hub.renew_broker()
+        self._expect("nobody else has the update", number not in self._rounds())
+        cut_at = time.monotonic()
+        self._again("cut_before_receipt", kept)
+        found = self._found["cut_before_receipt"]
+        found |= {"round": number, "update": sent.id, "size": len(sent.payload)}
+        again = self._until(
+            "the update is sent again", lambda: seen.of_round("update", device, number, cut_at)
+        )
+        self._expect(f"it is the same update: {sent.id}", again.id == sent.id)
+        self._expect("the coordinator is still dead", number not in self._rounds())
+        self._hub.start_coordinator()
+        self._counted_once(sent)
+        said = self._machine.ask("journalctl -u fedge-device -o cat --no-pager")
+        self._expect("it was not trained again", f"training round={number} " not in said)
+        found["journal"] = said.splitlines()
+
+    def upgrade(self) -> None:
+        """Go to the next package while the service runs, with an update that has no receipt."""
+        kept, sent = self._unreceipted()
+        before = self._machine.ask(SERVICE).split()
+        waiting = self._machine.ask(OUTBOX)
+        self._expect(f"the update waits: {waiting}", waiting.count(".update") == 1)
+        began = time.monotonic()
+        said = self._machine.ask(UPGRADE, self._patience_s)
+        took_s = round(time.monotonic() - began, 1)
+        after = self._until("the next package's service", lambda: self._restarted(before))
+        self._expect(f"upgraded: {said[-300:]}", after[0].startswith(NEXT_VERSION))
+        again = self._kept()
+        self._expect(f"all is kept: {kept}, then {again}", _is_kept(kept, again))
+        self._expect("the update, too", self._machine.ask(OUTBOX) == waiting)
+        self._hub.start_coordinator()
+        self._counted_once(sent)
+        self._found["upgrade"] = {
+            "seconds": took_s, "before": before, "after": after, "update": sent.id,
+            "round": sent.message.round, "said": said.splitlines(), "kept": again,
+        }  # fmt: skip
+
+    def _restarted(self, before: list[str]) -> list[str] | None:
+        after = self._machine.ask(SERVICE).split()
+        is_new = len(after) == 3 and after[1] not in ("0", before[1])
+        return after if is_new and after[2] == "active" else None
+
+    def cut_in_training(self) -> None:
+        """Pull the plug between an invite and the update; then everything is there and goes on."""
+        device = self._device
         kept = self._kept()
         under_way = self._until("the next round", lambda: self._hub.under_way(device))
         time.sleep(3.0)
         self._expect(f"round {under_way} is under way", self._hub.under_way(device) == under_way)
-        self._machine.cut()
-        self._found["power_cut"] = {
-            "round": under_way,
-            "updates_before": self._hub.outcomes(device),
-        }
-        self._note("power is cut")
-        cut_at = time.monotonic()
-        began = self._machine.on()
-        at, again = self._until("hello", lambda: seen.hello(self._name, cut_at + 1))
-        self._expect(f"the same device as before: {again}", again == device)
-        self._found["power_cut"]["hello_s"] = round(at - began, 1)
-        after = self._kept()
-        self._expect(f"nothing lost: {kept}, then {after}", _is_kept(kept, after))
-        last = self._until("every round ends", lambda: self._hub.version() >= 3)
-        self._expect("the last version is 3", last)
+        before = self._hub.outcomes(device)
+        self._cut()
+        self._again("cut_in_training", kept)
+        self._found["cut_in_training"] |= {"round": under_way, "updates_before": before}
+        versions = VERSIONS[self._name]
+        self._until(f"version {versions}", lambda: self._hub.version() == versions)
         mine = [u for u in self._hub.updates(device) if u["folded"]]
-        self._expect(f"in every version, got {len(mine)}", len(mine) >= 3)
-        self._until("version 3 on the board", lambda: self._status().get("version") == 3)
+        held = {u["folded"] for u in mine}
+        self._expect(f"in every version: {sorted(held)}", held >= set(range(1, versions + 1)))
+        self._until(
+            f"version {versions} on the board", lambda: self._status().get("version") == versions
+        )
         status = self._status()
         self._expect("the outbox is empty", status["outbox"] == 0)
-        self._found["power_cut"] |= {
+        self._found["cut_in_training"] |= {
             "updates": self._hub.outcomes(device),
-            "after": after,
             "counted": len(mine),
             "version": status["version"],
         }
-        self._idle()
 
-    def _idle(self) -> None:
+    def _unreceipted(self) -> tuple[dict[str, Any], Frame]:
+        """Kill the coordinator in mid-round, and wait for the update that gets no receipt now."""
+        seen, device = self._hub.seen, self._device
+        number = self._until("the next round", lambda: self._hub.under_way(device))
+        self._until("the board is invited", lambda: seen.of_round("invite", device, number))
+        self._hub.kill_coordinator()
+        self._note("the coordinator is killed")
+        self._expect("before there is an update", number not in self._rounds())
+        kept = self._kept()
+        sent = self._until("an update is sent", lambda: seen.of_round("update", device, number))
+        return kept, sent
+
+    def _counted_once(self, sent: Frame) -> None:
+        """See an update counted under its own id, once, though it arrives twice."""
+        number, device, seen = sent.message.round, self._device, self._hub.seen
+        self._until("the update in the journal", lambda: number in self._rounds())
+        self._until("its receipt", lambda: seen.of_round("receipt", device, number, sent.at))
+        seen.say_again(sent)
+        self._until("the round's version", lambda: self._hub.round_of(number).get("closed_at"))
+        mine = [u for u in self._hub.updates(device) if u["round"] == number]
+        told = [(u["hash"], u["outcome"]) for u in mine]
+        self._expect(f"counted once, as itself: {told}", told == [(sent.id, "counted")])
+        version = self._hub.version()
+        self._expect(f"it is in version {version}", mine[0]["folded"] == version)
+        self._until("the outbox is empty", lambda: self._status().get("outbox") == 0)
+
+    def _cut(self) -> None:
+        self._machine.cut()
+        self._note("power is cut")
+
+    def _again(self, step: str, kept: dict[str, Any]) -> None:
+        """Give power, and find everything that was there."""
+        cut_at = time.monotonic()
+        began = self._machine.on()
+        seen = self._hub.seen
+        at, again = self._until("hello", lambda: seen.hello(self._name, cut_at + 1))
+        self._expect(f"the same device as before: {again}", again == self._device)
+        after = self._kept()
+        self._expect(f"nothing lost: {kept}, then {after}", _is_kept(kept, after))
+        self._found[step] = {"hello_s": round(at - began, 1), "after": after}
+
+    def _rounds(self) -> list[int]:
+        return [update["round"] for update in self._hub.updates(self._device)]
+
+    def idle(self) -> None:
+        """See what it takes when there is nothing to do."""
         rss = self._machine.ask(
             "grep -E 'VmRSS|VmHWM' /proc/$(systemctl show -P MainPID fedge-device)/status;"
             "systemctl show -P MemoryCurrent fedge-device; systemd-analyze time;"
@@ -227,11 +340,13 @@ class Story:
 
     def _kept(self) -> dict[str, Any]:
         sums = self._machine.ask(
-            "cd /var/lib/fedge; sha256sum identity.key /etc/machine-id; ls inbox/consumed"
+            "cd /var/lib/fedge; sha256sum model.onnx identity.key /etc/machine-id;ls inbox/consumed"
         )
         status = self._status()
+        model, *files = (line.split()[0][:16] for line in sums.splitlines())
         return {
-            "files": [line.split()[0][:16] for line in sums.splitlines()],
+            "model": model,
+            "files": files,
             "examples": status.get("examples"),
             "version": status.get("version"),
         }
@@ -276,6 +391,7 @@ def _is_kept(before: dict[str, Any], after: dict[str, Any]) -> bool:
         before["files"] == after["files"]
         and before["examples"] == after["examples"]
         and (after["version"] or 0) >= (before["version"] or 0)
+        and (after["model"] == before["model"] or after["version"] != before["version"])
     )
 
 

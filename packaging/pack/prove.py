@@ -9,6 +9,7 @@ signed repository, where it also takes part in a round; units, policy and sizes 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ NATIVE_PACKAGES = (
 SELFTEST = ("/usr/bin/python3", "/opt/fedge/device/bin/fedge", "selftest", "--json")
 PROBE = "/tmp/state.py"  # noqa: S108 - in a file system of our own
 STATE = "/var/lib/private/fedge"
+NOTES = ("boot", "status.json", "usage.json", "why")
 NEXT = "99.0"
 
 
@@ -237,7 +239,10 @@ class Proof:
         expect(counted == 2, f"expected two counted updates, got {counted}:\n{said}")
 
     def _upgrade(self, root: roots.Root) -> None:
-        """Go to the next version with a state in use, and an operator's own settings."""
+        """Go to the next version under a running service, and an operator's own settings.
+
+        No systemd runs here, which would now start the service again: this does it in its place.
+        """
         (root.folder / PROBE[1:]).write_bytes(
             (self._sources[0].folder / "packaging/deb/state.py").read_bytes()
         )
@@ -247,14 +252,46 @@ class Proof:
         config = root.folder / "etc/fedge/device.toml"
         config.write_text(config.read_text() + "# the operator was here\n")
         self._offer(root, "amd64 next", "all next")
-        root.run("apt-get", "upgrade", "-qq")
+        with _service(root) as running:
+            root.run("apt-get", "upgrade", "-qq")
+            expect(running.poll() is None, "the service ended under the upgrade")
         listed = root.run("dpkg-query", "-W", "-f", "${Package} ${Version}\n", "fedge-*").stdout
         expect(listed.count(f"{NEXT}+deb13") == 2, f"not upgraded: {listed}")
         expect("operator was here" in config.read_text(), "the operator's settings were replaced")
+        with _service(root):
+            pass
         expect(_tree_hashes(root.folder / STATE[1:]) == kept, "the upgrade touched the state")
         after = _last_json(root.run("/usr/bin/python3", "-I", PROBE, "show", STATE).stdout)
         expect(after == before, f"the state is read otherwise: {before} became {after}")
         self.found["kept by the upgrade"] = {k: v for k, v in after.items() if k != "answers"}
+
+
+@contextlib.contextmanager
+def _service(root: roots.Root) -> Iterator[subprocess.Popen[bytes]]:
+    """Run the installed device on the state to be kept, with no broker; stop it as systemd does."""
+    (root.folder / "srv/kept.toml").write_text(
+        f'broker = "mqtt://127.0.0.1:9"\ntask = "kept"\nstate = "{STATE}"\n'
+    )
+    words = ["/usr/bin/fedge", "device", "run", "--config", "/srv/kept.toml"]
+    log, boot = root.folder / "srv/kept.log", root.folder / STATE[1:] / "boot"
+    started, env = boot.read_bytes(), roots.environment({"PYTHONDONTWRITEBYTECODE": "1"})
+    with (
+        log.open("w") as out,
+        subprocess.Popen(root.command(*words), env=env, stdout=out, stderr=out) as running,
+    ):
+        ends = time.monotonic() + 30
+        while (boot.read_bytes() == started or "device id=" not in log.read_text()) and (
+            time.monotonic() < ends
+        ):
+            time.sleep(0.1)
+        try:
+            expect(running.poll() is None, f"the service does not run:\n{log.read_text()}")
+            expect("device id=" in log.read_text(), f"it does not start:\n{log.read_text()}")
+            yield running
+        finally:
+            running.terminate()
+            ended = _waited(running, 30)
+        expect(ended == 0, f"the service ended with {ended}:\n{log.read_text()}")
 
 
 def _installed_well(root: roots.Root) -> None:
@@ -313,8 +350,10 @@ def _same(first: Path, second: Path) -> None:
 
 
 def _tree_hashes(folder: Path) -> dict[str, str]:
+    """Return the hash of each file but those in which a service that runs takes notes."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+    hashes = {f.relative_to(folder): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+    return {str(name): found for name, found in hashes.items() if name.parts[0] not in NOTES}
 
 
 def _last_json(text: str) -> Any:

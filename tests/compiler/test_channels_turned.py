@@ -16,8 +16,6 @@ from coordinator.compiler.graph import Graph
 from coordinator.compiler.rules.window import Layer, Window
 from edge_sdk.bundle import Bundle
 
-Nodes = list[onnx.NodeProto]
-
 
 class Model:
     """A model under construction, layer by layer, over `channels` channels."""

@@ -21,7 +21,7 @@ from coordinator.compiler.qoperator import RULES, to_qdq
 from edge_sdk.errors import CompileError
 
 X, LABELS = blobs((1, 8, 8), 4)
-F, U8, S8 = np.float32, np.uint8, np.int8
+F, S8 = np.float32, np.int8
 MS = "com.microsoft"
 _NONE = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
 

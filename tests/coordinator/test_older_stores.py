@@ -30,6 +30,9 @@ def older(path: Path, number: int) -> None:
             "INSERT INTO devices (device, key, name, sdk, boot, online) VALUES (?,?,?,?,?,?)",
             (device, device[1].encode() * 32, "n", "fedge 0.1.0", 3, 1),
         )
+    if number > 2:  # which gave each a place
+        for place, device in enumerate(sorted(DEVICES)):
+            db.execute("UPDATE devices SET number = ? WHERE device = ?", (place, device))
     db.execute("INSERT INTO tasks (task, bundle, call) VALUES ('t', ?, 7)", (b"b" * 32,))
     db.execute(
         "INSERT INTO versions (task, version, round, digest, params, optimizer)"

@@ -111,15 +111,32 @@ def is_ready(coordinator: Scripted) -> bool:
     return bool(coordinator.checkins) and coordinator.checkins[-1].ready
 
 
+def standing(
+    folder: Path, broker: str, coordinator: Scripted, failpoint: str = ""
+) -> tuple[Board, subprocess.Popen[bytes]]:
+    """Start a device with rows to learn; it stands ready, with version 1."""
+    board = Board(folder, broker, coordinator_key=KEY.public.hex())
+    board.give()
+    process = board.start(failpoint)
+    coordinator.publish_model(1, weights_of(BUNDLE, 0.125))
+    until(lambda: is_ready(coordinator), within_s=20)
+    return board, process
+
+
+def train_without_end(
+    board: Board, process: subprocess.Popen[bytes], coordinator: Scripted
+) -> None:
+    """Get as far as a training that goes on until it is stopped."""
+    coordinator.invite(board.device, epochs=None, steps=2**31)
+    tasks = Path(f"/proc/{process.pid}/task")
+    until(lambda: any((task / "children").read_text().strip() for task in tasks.iterdir()))
+
+
 @pytest.mark.broker
 def test_a_device_process_takes_part_and_stops_cleanly(
     tmp_path: Path, broker: str, coordinator: Scripted
 ) -> None:
-    board = Board(tmp_path, broker, coordinator_key=KEY.public.hex())
-    board.give()
-    process = board.start()
-    coordinator.publish_model(1, weights_of(BUNDLE, 0.125))
-    until(lambda: is_ready(coordinator), within_s=20)
+    board, process = standing(tmp_path, broker, coordinator)
     for _ in range(2):
         coordinator.invite(board.device, epochs=2, codec=[["ef"], ["deadzone", 2.0]])
         count = len(coordinator.updates)
@@ -202,11 +219,7 @@ def test_two_devices_in_one_state_folder_are_refused(tmp_path: Path) -> None:
 def test_killed_anywhere_in_a_round_the_device_comes_back_and_counts_once(
     tmp_path: Path, broker: str, coordinator: Scripted, failpoint: str, trainings: int
 ) -> None:
-    board = Board(tmp_path, broker, coordinator_key=KEY.public.hex())
-    board.give()
-    process = board.start(failpoint)
-    coordinator.publish_model(1, weights_of(BUNDLE, 0.125))
-    until(lambda: is_ready(coordinator), within_s=20)
+    board, process = standing(tmp_path, broker, coordinator, failpoint)
     coordinator.invite(board.device)
     assert process.wait(20) == -signal.SIGKILL
     until(lambda: not coordinator.statuses[-1].online)  # its will
@@ -228,13 +241,8 @@ def test_killed_anywhere_in_a_round_the_device_comes_back_and_counts_once(
 def test_killed_in_mid_training_the_device_declares_itself_gone_and_joins_the_next_round(
     tmp_path: Path, broker: str, coordinator: Scripted
 ) -> None:
-    board = Board(tmp_path, broker, coordinator_key=KEY.public.hex())
-    board.give()
-    process = board.start()
-    coordinator.publish_model(1, weights_of(BUNDLE, 0.125))
-    until(lambda: is_ready(coordinator), within_s=20)
-    coordinator.invite(board.device, epochs=None, steps=2**31)
-    until(lambda: _trains(process.pid))
+    board, process = standing(tmp_path, broker, coordinator)
+    train_without_end(board, process, coordinator)
     process.kill()
     process.wait()
     until(lambda: not coordinator.statuses[-1].online)
@@ -252,13 +260,8 @@ def test_killed_in_mid_training_the_device_declares_itself_gone_and_joins_the_ne
 def test_sigterm_in_mid_training_is_a_clean_stop_within_five_seconds(
     tmp_path: Path, broker: str, coordinator: Scripted
 ) -> None:
-    board = Board(tmp_path, broker, coordinator_key=KEY.public.hex())
-    board.give()
-    process = board.start()
-    coordinator.publish_model(1, weights_of(BUNDLE, 0.125))
-    until(lambda: is_ready(coordinator), within_s=20)
-    coordinator.invite(board.device, epochs=None, steps=2**31)
-    until(lambda: _trains(process.pid))
+    board, process = standing(tmp_path, broker, coordinator)
+    train_without_end(board, process, coordinator)
     asked = time.monotonic()
     process.terminate()
     assert process.wait(10) == 0, board.log.read_text()
@@ -266,11 +269,6 @@ def test_sigterm_in_mid_training_is_a_clean_stop_within_five_seconds(
     until(lambda: not coordinator.statuses[-1].online)
     assert board.status()["examples"] == 30
     assert "Traceback" not in board.log.read_text()
-
-
-def _trains(pid: int) -> bool:
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return any((task / "children").read_text().strip() for task in tasks)
 
 
 @pytest.mark.broker

@@ -220,12 +220,24 @@ def test_an_update_without_receipt_is_sent_again_at_reconnect(scene: Scene) -> N
         scene.until(lambda: scene.coordinator.checkins[-1].ready)
 
 
+def send_in_chunks(scene: Scene, device: Device) -> None:
+    """Get as far as an update that came over a broker of small packets."""
+    device._agent._transport.max_packet = PACKET  # type: ignore[attr-defined]  # as a broker may say
+    scene.ready(device)
+    scene.coordinator.invite(device.id)
+    scene.until(lambda: scene.coordinator.updates)
+
+
+def cut_off(scene: Scene, device: Device) -> None:
+    """Let the device lose its broker, note it, and find the broker again."""
+    scene.broker.cut(device.id)
+    scene.until(lambda: not device.online)
+    scene.broker.restore(device.id)
+
+
 def test_a_large_update_goes_in_chunks(scene: Scene, small_packets: None) -> None:
     with scene.device() as device:
-        device._agent._transport.max_packet = PACKET  # type: ignore[attr-defined]  # as a broker may say
-        scene.ready(device)
-        scene.coordinator.invite(device.id)
-        scene.until(lambda: scene.coordinator.updates)
+        send_in_chunks(scene, device)
         scene.until(lambda: device.status()["receipts"])
         assert max(map(len, scene.coordinator.payloads)) <= PACKET
         assert len(scene.coordinator.chunks) > 2
@@ -236,15 +248,10 @@ def test_an_upload_that_was_cut_off_asks_what_is_missing_and_sends_that_alone(
 ) -> None:
     scene.coordinator.outcome = None
     with scene.device() as device:
-        device._agent._transport.max_packet = PACKET  # type: ignore[attr-defined]  # as a broker may say
-        scene.ready(device)
-        scene.coordinator.invite(device.id)
-        scene.until(lambda: scene.coordinator.updates)
+        send_in_chunks(scene, device)
         sent = scene.coordinator.chunks
         assert [c.index for c in sent] == list(range(sent[0].count))
-        scene.broker.cut(device.id)
-        scene.until(lambda: not device.online)
-        scene.broker.restore(device.id)
+        cut_off(scene, device)
         scene.until(lambda: scene.coordinator.chunks[-1].probe)
         first = scene.coordinator.chunks[0]
         wanted = messages.Missing(first.hash, first.count, [first.count - 1])
@@ -262,15 +269,10 @@ def test_a_probe_that_is_not_answered_is_followed_by_the_whole(
 ) -> None:
     scene.coordinator.outcome = None
     with scene.device() as device:
-        device._agent._transport.max_packet = PACKET  # type: ignore[attr-defined]  # as a broker may say
-        scene.ready(device)
-        scene.coordinator.invite(device.id)
-        scene.until(lambda: scene.coordinator.updates)
+        send_in_chunks(scene, device)
         count = len(scene.coordinator.chunks)
         for wanted in (count + 1, 2 * count + 1):
-            scene.broker.cut(device.id)
-            scene.until(lambda: not device.online)
-            scene.broker.restore(device.id)
+            cut_off(scene, device)
             scene.until(lambda n=wanted: len(scene.coordinator.chunks) >= n)
         assert len(scene.coordinator.updates) == 2
 

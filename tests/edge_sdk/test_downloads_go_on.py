@@ -37,7 +37,6 @@ class Scene:
         self.folder = folder
         self.came: list[str] = []
         self.bytes, self.cut_at = 0, 0
-        self.loses_queue = self.kills = False
 
     def fate(self, client: str, topic: str, payload: bytes) -> int:
         if "/model/" not in topic or client == "coordinator":

@@ -16,6 +16,7 @@ from edge_sdk.errors import MessageError
 from edge_sdk.messages import (
     CheckIn,
     Chunk,
+    Heard,
     Invite,
     Message,
     Missing,
@@ -77,6 +78,24 @@ EXAMPLES: list[tuple[Message, DeviceKey, str]] = [
         topics.offer(TASK),
     ),
     (CheckIn(9, ready=True, examples=240), KEY, topics.up(TASK, KEY.id, "checkin")),
+    (
+        Status(
+            *(KEY.id, KEY.public, True, 5, "pump-7", "fedge 0.1.0", None, 2**63 - 1), connection=2
+        ),
+        KEY,
+        topics.status(KEY.id),
+    ),
+    (
+        CheckIn(9, ready=False, examples=7, boot=5, start=6, connection=2, turn=8, reason="disk"),
+        KEY,
+        topics.up(TASK, KEY.id, "checkin"),
+    ),
+    (
+        CheckIn(9, ready=True, examples=7, boot=5, start=6, connection=2, turn=9, asks=True),
+        KEY,
+        topics.up(TASK, KEY.id, "checkin"),
+    ),
+    (Heard(5, 2**63 - 1, 9, 10, 4), HUB, topics.down(TASK, KEY.id, "heard")),
     (
         Invite(4, 17, b"\2" * 32, 60.0, _SPEC, 5, None, None, 16, 0.05, None, 2**63 - 1),
         HUB,
@@ -208,6 +227,23 @@ def test_what_came_before_there_were_tags_spreads_and_rests_is_read_without() ->
         assert getattr(message, field) is None
 
 
+def test_what_came_before_presence_was_numbered_is_read_as_not_told() -> None:
+    golden = json.loads(GOLDEN.read_text())
+    later = {"Status": "start connection", "CheckIn": "boot start connection turn reason asks"}
+    for kind, names in later.items():
+        older = next(c for c in golden if c["kind"] == kind)
+        assert not set(names.split()) & set(older["fields"])
+        message, _ = messages.decode(bytes.fromhex(older["frame"]), older["topic"])
+        assert not any(getattr(message, name) for name in names.split())
+
+
+@pytest.mark.parametrize("reason", ["x" * 17, "Disk", "a b", "no\n", 5])
+def test_a_reason_is_a_short_word(reason: Any) -> None:
+    said = dataclasses.replace(CheckIn(9, ready=False, examples=1), reason=reason)
+    with pytest.raises(MessageError, match="reason: expected at most 16 of a-z and -"):
+        messages.encode(said, KEY, topics.up(TASK, KEY.id, "checkin"))
+
+
 @pytest.mark.parametrize(
     "tags",
     [
@@ -286,7 +322,7 @@ def test_every_field_refuses_what_is_not_of_its_kind(
 def _kinds(name: str) -> set[type]:
     real = {"loss", "seconds", "deadline_s", "lr", "mu", "spread_s", "rest_s"}
     text = {"name", "sdk", "reason"}
-    flag = {"online", "ready", "probe"}
+    flag = {"online", "ready", "probe", "asks"}
     kinds: set[type] = {str} if name in text else {bool} if name in flag else {int}
     return (
         {float}

@@ -11,12 +11,19 @@ from hypothesis import strategies as st
 
 from edge_sdk import events as e
 from edge_sdk import session
+from edge_sdk.messages import REASONS
 from edge_sdk.session import Session, next_due, step
 
 B1, W1, W2 = b"bundle-1", b"weights-1", b"weights-2"
 OFFER = e.Offered(call=1, round=1, version=1, bundle=B1, model=W1)
 INVITE = e.Invited(round=1, version=1, model=W1, deadline_s=60.0)
 READY = e.CheckIn(1, ready=True, examples=10)
+
+
+def no(reason: str) -> e.CheckIn:
+    """Return what declines."""
+    assert reason in REASONS
+    return e.CheckIn(1, ready=False, examples=10, reason=reason)
 
 
 def run(state: Session, *events: e.Event) -> tuple[Session, list[e.Action]]:
@@ -67,7 +74,7 @@ def test_a_check_in_is_made_once_a_call() -> None:
 
 def test_a_check_in_is_withdrawn_when_conditions_lapse_and_made_again_when_they_hold() -> None:
     state, actions = run(ready(), e.ConditionsChanged(hold=False, examples=10))
-    assert actions == [e.CheckIn(1, ready=False, examples=10)]
+    assert actions == [no("conditions")]
     _, actions = run(state, e.ConditionsChanged(hold=True, examples=12))
     assert actions == [e.CheckIn(1, ready=True, examples=12)]
 
@@ -88,7 +95,7 @@ def test_a_device_with_too_few_examples_never_checks_in_and_declines() -> None:
     state, actions = run(state, e.ConditionsChanged(hold=True, examples=4))
     assert actions == []
     _, actions = run(state, INVITE)
-    assert actions == [e.Abandon(1), e.CheckIn(1, ready=False, examples=4)]
+    assert actions == [e.Abandon(1), e.CheckIn(1, ready=False, examples=4, reason="examples")]
 
 
 def test_a_closed_task_gets_no_check_in_but_its_model_is_brought() -> None:
@@ -121,14 +128,14 @@ def test_an_invitation_whose_weights_never_come_ends_at_its_deadline() -> None:
     state, _ = run(ready(), e.Invited(2, 2, W2, 60.0))
     assert next_due(state) == 60.0
     state, actions = run(state, e.Tick(60.0))
-    said = [e.Abandon(2), e.CheckIn(1, ready=False, examples=10), READY]
+    said = [e.Abandon(2), no("deadline"), READY]
     assert (state.round, actions) == (None, said)
 
 
 def test_an_invitation_to_a_model_already_replaced_is_let_go() -> None:
     state, _ = run(ready(), replace(OFFER, version=2, model=W2))
     state, actions = run(state, INVITE)
-    said = [e.Abandon(1), e.CheckIn(1, ready=False, examples=10), READY]
+    said = [e.Abandon(1), no("version"), READY]
     assert (state.round, actions) == (None, said)
 
 
@@ -148,7 +155,7 @@ def test_training_stops_when_conditions_lapse_and_what_it_has_is_sent() -> None:
 
 def test_failed_training_declines_then_waits_longer_each_time() -> None:
     state, actions = run(training(), e.TrainFailed(1))
-    assert actions == [e.Abandon(1), e.CheckIn(1, ready=False, examples=10)]
+    assert actions == [e.Abandon(1), no("no-update")]
     assert next_due(state) == session.RETRY_FIRST_S
     state, actions = run(state, e.Tick(session.RETRY_FIRST_S))
     assert actions == [e.CheckIn(1, ready=True, examples=10)]
@@ -261,7 +268,6 @@ def restarted(deadline_at: float = 60.0) -> Session:
 
 
 HOLD = e.ConditionsChanged(hold=True, examples=10)
-NO = e.CheckIn(1, ready=False, examples=10)
 
 
 def test_a_restarted_device_goes_on_with_its_round_once_the_offer_says_that_it_stands() -> None:
@@ -283,17 +289,17 @@ def test_out_of_reach_of_the_broker_it_goes_on_after_a_while() -> None:
 def test_a_round_whose_version_was_replaced_meanwhile_is_abandoned_once() -> None:
     state, actions = run(restarted(), HOLD, e.Connected(), replace(OFFER, version=2, model=W2))
     assert actions.count(e.Abandon(1)) == 1
-    assert actions.count(NO) == 1
+    assert actions.count(no("version")) == 1
     _, actions = run(state, e.Tick(100), e.Disconnected(), e.Connected())
     assert e.Abandon(1) not in actions
-    assert NO not in actions
+    assert no("version") not in actions
 
 
 def test_a_round_whose_deadline_passed_is_abandoned_once_and_said_once_there_is_a_way() -> None:
     state, actions = run(restarted(deadline_at=-5.0), e.Tick(0), HOLD, e.Tick(30))
     assert actions == [e.Abandon(1)]
     state, actions = run(state, e.Connected(), OFFER)
-    assert actions == [NO, READY]
+    assert actions == [no("deadline"), READY]
     _, actions = run(state, e.Disconnected(), e.Connected(), OFFER)
     assert actions == [READY]
 
@@ -302,7 +308,7 @@ def test_a_restarted_device_whose_conditions_do_not_hold_declines() -> None:
     state, actions = run(restarted(), e.ConditionsChanged(hold=False, examples=10))
     assert actions == []
     _, actions = run(state, e.Connected(), OFFER)
-    assert actions == [e.Abandon(1), NO]
+    assert actions == [e.Abandon(1), no("conditions")]
 
 
 def test_an_invitation_that_comes_again_brings_the_deadline_that_holds() -> None:
@@ -322,7 +328,7 @@ def test_a_round_that_was_gone_on_with_makes_way_for_a_newer_invitation_at_once(
 def test_refused_weights_keep_a_device_out_of_their_rounds_alone() -> None:
     state = ready()._replace(refused=(W2,))
     state, actions = run(state, replace(OFFER, version=2, model=W2))
-    assert actions == [NO]
+    assert actions == [no("bad-model")]
     assert not state.is_ready
     _, actions = run(state, replace(OFFER, version=3, model=b"w3"), e.Fetched("weights", b"w3"))
     assert e.SwitchModel(B1, b"w3", 3) in actions

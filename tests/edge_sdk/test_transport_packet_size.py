@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
+from edge_sdk import chunks, messages, topics
+from edge_sdk.signing import DeviceKey
 from edge_sdk.transport.packet_size import FIRST, LEAST, PacketSize
+
+KEY = DeviceKey.from_seed(bytes(32))
+TOPIC = topics.up("t", KEY.id, "chunk")
 
 
 def grown(to: int = 120_000) -> PacketSize:
@@ -50,3 +55,17 @@ def test_the_broker_has_the_last_word() -> None:
     size.allow(120_000)
     size.acked(LEAST, 0.01)
     assert size.limit == 2 * LEAST
+
+
+def test_a_link_that_goes_silent_does_not_undo_what_was_cut_to_a_size_that_got_through() -> None:
+    frame = bytes(63_043)
+    cut = chunks.split(frame, FIRST)
+    size = PacketSize(120_000, 10.0)
+    assert size.carried == 0
+    size.acked(len(messages.encode(cut[0], KEY, TOPIC)), 4.0)
+    size.lost(15.0)
+    assert size.limit == FIRST // 4
+    assert chunks.split(frame, size.carried) == cut
+    size.acked(200, 0.1)  # no proof
+    size.lost(15.0)
+    assert size.carried == 0  # twice: it became slower

@@ -24,9 +24,9 @@ def trainer() -> Iterator[LastingTrainer]:
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Template:
-    """A federation of as many devices and rounds as the module says."""
-    folder = tmp_path_factory.mktemp("template")
-    return Template(folder, request.module.DEVICES, request.module.ROUNDS)
+    """A federation of as many devices and rounds as the module says, of its model if it has one."""
+    folder, module = tmp_path_factory.mktemp("template"), request.module
+    return Template(folder, module.DEVICES, module.ROUNDS, **getattr(module, "MODEL", {}))
 
 
 @pytest.fixture

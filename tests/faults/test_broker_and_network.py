@@ -102,15 +102,6 @@ def cut_twice(number: int, rng: random.Random) -> Ailment:
     return Ailment(cut_after=rng.randrange(2_000, 8_000)) if number < 2 else Ailment()
 
 
-def stall(number: int, rng: random.Random) -> Ailment:
-    return Ailment(stall_after=rng.randrange(1_000, 4_000)) if number < DEVICES else Ailment()
-
-
-def deafen(number: int, rng: random.Random) -> Ailment:
-    after = rng.randrange(1_000, 4_000)
-    return Ailment(stall_after=after, deaf=True) if number < DEVICES else Ailment()
-
-
 def flip(number: int, rng: random.Random) -> Ailment:
     return Ailment(flip_every=5_000) if number < 10 else Ailment()
 
@@ -119,7 +110,7 @@ def slow(number: int, rng: random.Random) -> Ailment:
     return Ailment(bytes_per_s=20_000, delay_s=0.03)
 
 
-@pytest.mark.parametrize("doctor", [cut, stall, deafen, slow])
+@pytest.mark.parametrize("doctor", [cut, slow])
 def test_over_a_network_that_ails_the_same_model_comes_out(
     play: Play, calm: list[str], start_mosquitto: Any, doctor: Doctor
 ) -> None:

@@ -20,21 +20,19 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 import pytest
+from crash_matrix import ONLY, Matrix, Setting, deaths_at, note
 from live_rounds import BUNDLE, TASK, Hosted, Patient, Template, check_journal, digests, rows, until
 
 from edge_sdk.device import Device
-from edge_sdk.lasting import LastingTrainer
 from edge_sdk.training import TrainFailed
 from edge_sdk.transport.mqtt import Mqtt
 
 pytestmark = [pytest.mark.broker, pytest.mark.trace, pytest.mark.slow]
-ROUNDS, AT_ONCE = 2, 2
+DEVICES, ROUNDS = 2, 2
 CHANGING = "sendto,sendmsg,write,writev,pwrite64,fsync,fdatasync,openat,ftruncate,rename,renameat,renameat2,unlink,unlinkat,mkdir,mkdirat"  # noqa: E501 - one argument
 LINE = re.compile(r"^(\d+) +(\w+)\((.*)$")
 
@@ -88,12 +86,12 @@ class Victim:
 class Run:
     """A federation of the victim and of a device that reports after it."""
 
-    def __init__(self, folder: Path, template: Template, trainer: LastingTrainer, url: str) -> None:
-        self.template, self.config = template, template.copy(folder, url)
+    def __init__(self, template: Template, setting: Setting) -> None:
+        self.template, self.config = template, setting.config
         self.hosted = Hosted(self.config)
-        self.victim = Victim(folder, url)
-        self._url, self._folder = url, folder
-        self._friend = self._made(Patient(trainer, self._wait))
+        self._url, self._folder = setting.url, setting.config.parent
+        self.victim = Victim(self._folder, self._url)
+        self._friend = self._made(Patient(setting.trainer, self._wait))
 
     def _made(self, trainer: Patient) -> Device:
         def connect(client_id: str, will: tuple[str, bytes]) -> Mqtt:
@@ -134,33 +132,16 @@ class Run:
         self.hosted.close()
 
 
-class Matrix:
-    """Federations that begin alike, `AT_ONCE` at a time."""
-
-    def __init__(self, folder: Path, start_mosquitto: Any) -> None:
-        (folder / "template").mkdir()
-        self.folder, self.template = folder, Template(folder / "template", 2, ROUNDS)
-        self._start_mosquitto = start_mosquitto
-        self._trainers: SimpleQueue[LastingTrainer] = SimpleQueue()
-        for _ in range(AT_ONCE):
-            self._trainers.put(LastingTrainer(nice=0))
-
-    def close(self) -> None:
-        while not self._trainers.empty():
-            self._trainers.get().close()
+class Kills(Matrix):
+    """Runs in which the victim is killed."""
 
     @contextlib.contextmanager
     def run(self, name: str) -> Iterator[Run]:
-        trainer, folder = self._trainers.get(), self.folder / name.replace("/", "-")
-        broker = self._start_mosquitto("allow_anonymous true", "set_tcp_nodelay true")
-        run = Run(folder, self.template, trainer, broker.url)
-        try:
+        with (
+            self.setting(name) as setting,
+            contextlib.closing(Run(self.template, setting)) as run,
+        ):
             yield run
-        finally:
-            run.close()
-            broker.kill()
-            shutil.rmtree(folder)
-            self._trainers.put(trainer)
 
     def undisturbed(self) -> tuple[list[str], list[str]]:
         """Return the hash of each version, and the calls of the first upload as thread/call/n."""
@@ -215,34 +196,29 @@ def calls(lines: list[str], threads: list[int]) -> list[str]:
 
 
 @pytest.fixture
-def matrix(quick: Path, start_mosquitto: Any) -> Iterator[Matrix]:
+def matrix(quick: Path, start_mosquitto: Any) -> Iterator[Kills]:
     if shutil.which("strace") is None:
         pytest.skip("strace is not on PATH")
-    made = Matrix(quick, start_mosquitto)
-    yield made
-    made.close()
+    with contextlib.closing(Kills(quick, start_mosquitto, DEVICES, ROUNDS)) as made:
+        yield made
 
 
 @pytest.mark.timeout(900)
 def test_killed_at_any_call_of_an_upload_the_device_counts_once_and_the_model_is_the_same(
-    matrix: Matrix, figure: Any, request: pytest.FixtureRequest
+    matrix: Kills, figure: Any, request: pytest.FixtureRequest
 ) -> None:
     calm, places = matrix.undisturbed()
     names = {place.split("/")[1] for place in places}
     assert {"sendto", "write", "fsync", "rename", "unlink", "openat"} <= names, places
 
     def killed(place: str) -> bool:
-        try:
-            versions, was_killed = matrix.killed_at(place)
-            assert versions == calm
-        except BaseException as error:
-            error.add_note(f"replay with FEDGE_KILL_AT={place}")
-            raise
+        versions, was_killed = matrix.killed_at(place)
+        assert versions == calm
         return was_killed
 
-    only = os.environ.get("FEDGE_KILL_AT")
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        deaths = sum(pool.map(killed, [only] if only else places))
-    request.node.user_properties.append(("result", f"{deaths} kills, the same model each time"))
+    deaths = deaths_at(places, killed)
+    note(request, deaths)
     figure("device killed at each call of an upload", deaths, "the same model each time")
-    assert only or deaths >= 0.9 * len(places)  # one more ping or log line shifts the last ones
+    assert ONLY in os.environ or deaths >= 0.9 * len(
+        places
+    )  # one more ping or log line shifts the last ones

@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -75,3 +78,48 @@ def test_the_service_reads_the_copies_that_systemd_hands_it() -> None:
     ]
     kept = PROVISION.check({"fedge.toml": b'broker = "mqtts://hub"\ntask = "t"\n'})
     assert set(kept) == {name for name, _ in loaded}  # none is missing, or it would not start
+
+
+def system(folder: Path, *, packages: str = "a 1 all\n") -> Any:
+    """Make something in the shape of a root file system, with an archive that holds its listing."""
+    (folder / "root/etc").mkdir(parents=True)
+    (folder / "root/etc/issue").write_text("fedge\n")
+    (folder / "root/etc/link").symlink_to("issue")
+    for path in (folder / "root/etc/issue", folder / "root/etc", folder / "root/etc/link"):
+        os.utime(path, (5, 5), follow_symlinks=False)
+    return squashed(folder, packages)
+
+
+def squashed(folder: Path, packages: str = "a 1 all\n") -> Any:
+    archive = folder / "system.squashfs"
+    archive.write_text(str(sorted(BUILD.listing(folder / "root").items())))
+    return BUILD.System(folder / "root", packages, archive)
+
+
+def test_two_systems_of_the_same_files_are_the_same(tmp_path: Path) -> None:
+    BUILD.expect_same(system(tmp_path / "a"), system(tmp_path / "b"))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda root: (root / "etc/machine-id").write_text("1"), "etc/machine-id"),
+        (lambda root: os.utime(root / "etc/issue", (6, 6)), "etc/issue"),
+        (lambda root: (root / "etc/issue").chmod(0o600), "etc/issue"),
+        (lambda root: (root / "etc/link").unlink(), "etc/link"),
+    ],
+    ids=["one file more", "another date", "another mode", "one link less"],
+)
+def test_what_differs_between_two_builds_ends_them_by_name(
+    change: Callable[[Path], object], named: str, tmp_path: Path
+) -> None:
+    first = system(tmp_path / "a")
+    system(tmp_path / "b")
+    change(tmp_path / "b/root")
+    with pytest.raises(SystemExit, match=named):
+        BUILD.expect_same(first, squashed(tmp_path / "b"))
+
+
+def test_a_mirror_that_moved_on_between_two_builds_is_not_taken_for_a_fault(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="mirror moved on between: a 1 all a 2 all"):
+        BUILD.expect_same(system(tmp_path / "a"), system(tmp_path / "b", packages="a 2 all\n"))

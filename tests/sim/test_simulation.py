@@ -49,7 +49,7 @@ def test_every_invariant_holds_over_thousands_of_seeds() -> None:
     assert count == SEEDS
     assert receipts == {"counted", "late", "duplicate", "stale", "refused"}
     wanted = {"lose", "repeat", "corrupt", "partition", "broker", "kill", "stop", "power cut"}
-    assert faults == wanted | {"disk", "unready", "leave"}
+    assert faults == wanted | {"disk", "unready", "leave", "replay"}
 
 
 @pytest.mark.parametrize("kind", CLASSES)

@@ -27,6 +27,7 @@ from coordinator.config import load
 from coordinator.replay import replay
 from coordinator.service import Coordinator
 from edge_sdk import messages
+from edge_sdk.bundle import Bundle
 from edge_sdk.device import Device
 from edge_sdk.errors import FedgeError
 from edge_sdk.failpoints import VARIABLE
@@ -36,7 +37,8 @@ from edge_sdk.training import LocalTraining, TrainFailed, TrainJob, TrainResult
 from edge_sdk.transport.mqtt import Mqtt
 
 TASK = "t"
-BUNDLE = mlp((6, 5, 3), quantized=True)
+SIZES = (6, 5, 3)
+BUNDLE = mlp(SIZES, quantized=True)
 PATIENCE_S = 120.0
 CONFIG = """
 broker = "{broker}"
@@ -62,18 +64,24 @@ class Template:
     """Folders of `count` devices with keys and examples, and of a coordinator, to copy."""
 
     def __init__(
-        self, folder: Path, count: int, rounds: int, codec: str = '[["ef"], ["deadzone", 2.0]]'
+        self,
+        folder: Path,
+        count: int,
+        rounds: int,
+        codec: str = '[["ef"], ["deadzone", 2.0]]',
+        sizes: tuple[int, int, int] = SIZES,
     ) -> None:
         self.folder, self.count, self.rounds, self.codec = folder, count, rounds, codec
+        self.bundle = mlp(sizes, quantized=True)
         self.calm: list[str] = []
         """The hashes of an undisturbed run, once a test has made one."""
         self.calm_kib = 0
         """The most memory that its coordinator had."""
-        BUNDLE.save(folder / "t.fedge")
+        self.bundle.save(folder / "t.fedge")
         for index in range(count):
             state = folder / f"d{index}"
-            with _never(state) as device:
-                device.learn_many(*examples(20 + index, seed=index + 1))
+            with _never(state, self.bundle) as device:
+                device.learn_many(*examples(20 + index, sizes, seed=index + 1))
         self.ids = [
             DeviceKey.load_or_create(folder / f"d{i}" / "identity.key").id for i in range(count)
         ]
@@ -89,9 +97,9 @@ class Template:
 
 
 @contextlib.contextmanager
-def _never(state: Path) -> Iterator[Device]:
+def _never(state: Path, bundle: Bundle) -> Iterator[Device]:
     """Give a device that never connects."""
-    device = Device("mqtt://127.0.0.1:1", task=TASK, bundle=BUNDLE, state=state)
+    device = Device("mqtt://127.0.0.1:1", task=TASK, bundle=bundle, state=state)
     try:
         yield device
     finally:
@@ -193,7 +201,7 @@ class Boards:
         return Device(
             broker,
             task=TASK,
-            bundle=BUNDLE,
+            bundle=self._folder / "t.fedge",
             state=self._folder / f"d{index}",
             trainer=Patient(self._trainer, lambda cancel: self._may_train(index, cancel)),
             connect=connect,

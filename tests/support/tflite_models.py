@@ -12,7 +12,7 @@ from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
 
 TYPES = {"float32": 0, "float16": 1, "int32": 2, "uint8": 3, "int8": 9, "bool": 6}
-RELU, RELU6 = 1, 3
+RELU = 1
 PROBABILITIES = {"scale": (1 / 256,), "zero": -128}
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A TCP relay that ails: it cuts, stalls, slows, loses one direction or flips bytes, by a seed.
+"""A TCP relay that ails: it cuts, slows or flips bytes, by a seed.
 
-No namespaces and no root: what a process sees of a bad network, short of packets.
+No namespaces and no root: what a process sees of a bad network, short of packets, which
+`tun_network` has.
 """
 
 from __future__ import annotations
@@ -22,23 +23,16 @@ class Ailment:
 
     Attributes:
         cut_after: bytes after which it is closed, None for never.
-        stall_after: bytes after which nothing is carried any more, and nobody told.
-        deaf: whether what the server says is lost from `stall_after` on, and nothing else.
         flip_every: a byte in about so many is altered; 0 for none.
         bytes_per_s, delay_s: of each direction.
-        loss: the share of segments that come late, as when TCP has to send them again.
     """
 
     cut_after: int | None = None
-    stall_after: int | None = None
-    deaf: bool = False
     flip_every: int = 0
     bytes_per_s: float | None = None
     delay_s: float = 0.0
-    loss: float = 0.0
 
 
-SEGMENT = 1400
 Doctor = Callable[[int, random.Random], Ailment]
 """Says what ails the n-th connection, from 0."""
 
@@ -101,7 +95,7 @@ class ToxicProxy:
         carried, seed = [0], self._rng.getrandbits(32)
         ways = [
             _Way(reader, far_writer, ailment, carried, _draws(seed)),
-            _Way(far_reader, writer, ailment, carried, _draws(seed + 1), is_down=True),
+            _Way(far_reader, writer, ailment, carried, _draws(seed + 1)),
         ]
         carrying = [asyncio.create_task(way.carry()) for way in ways]
         try:
@@ -123,7 +117,6 @@ class _Way(NamedTuple):
     ailment: Ailment
     carried: list[int]
     rng: random.Random
-    is_down: bool = False
 
     async def carry(self) -> None:
         """Carry bytes until one end closes or the ailment ends it."""
@@ -145,13 +138,9 @@ class _Way(NamedTuple):
                 under_way.put_nowait((0.0, data[: max(0, ailment.cut_after - before)]))
                 return
             self.carried[0] += len(data)
-            if self._is_lost():
-                continue
             if ailment.bytes_per_s is not None:
                 await asyncio.sleep(len(data) / ailment.bytes_per_s)
             due = loop.time() + ailment.delay_s
-            if ailment.loss and self.rng.random() < ailment.loss * len(data) / SEGMENT:
-                due += 2 * ailment.delay_s + 0.2
             last = max(last, due)  # in order, as TCP has it
             under_way.put_nowait((last, _flipped(data, ailment.flip_every, self.rng)))
 
@@ -164,11 +153,6 @@ class _Way(NamedTuple):
             self.writer.write(data)
             await self.writer.drain()
             under_way.task_done()
-
-    def _is_lost(self) -> bool:
-        after = self.ailment.stall_after
-        is_stalled = after is not None and self.carried[0] > after
-        return is_stalled and (self.is_down or not self.ailment.deaf)
 
 
 def _draws(seed: int) -> random.Random:

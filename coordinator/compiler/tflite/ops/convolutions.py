@@ -13,8 +13,6 @@ from coordinator.compiler.tflite.ops.rounding import twice
 from coordinator.compiler.tflite.table import imports
 from edge_sdk.tflitefile import Operator
 
-Pads = tuple[tuple[int, int], ...]
-
 _DENSE = (0, 3, 1, 2)  # [out, h, w, in] to [out, in, h, w]
 _DEPTHWISE = (3, 0, 1, 2)  # [1, h, w, out] to [out, 1, h, w]
 _BACKWARD = (3, 0, 1, 2)  # [out, h, w, in] to [in, out, h, w]
