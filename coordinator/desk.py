@@ -239,8 +239,11 @@ class Desk:
         self.spent.add(device)
         return self.apply(Declined(device))
 
-    def decline_for(self, device: str, reason: str) -> tuple[Action, ...]:
-        """Expect nothing of a device in the open round; keep why, if it said."""
+    def withdrawn(self, device: str, number: int, reason: str) -> tuple[Action, ...]:
+        """Expect nothing of a device in the round that it declines (0: the open one); keep why."""
+        if number and (self.current is None or self.current.number != number):
+            self.release(device, number)
+            return ()
         if reason and self.current is not None and device in self.current.awaited:
             self.reasons[device] = reason
         return self.apply(Declined(device))

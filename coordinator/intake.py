@@ -231,7 +231,7 @@ class Intake:
             self._act(desk, desk.apply(Returned(device)))
         else:
             self.fleet.withdraw(task, device, said.reason)
-            self._act(desk, desk.decline_for(device, said.reason))
+            self._act(desk, desk.withdrawn(device, said.round, said.reason))
         desk.changed.set()
         after = self.fleet.devices[device]
         doubted = desk if said.asks or said.call != desk.call else None

@@ -193,6 +193,8 @@ class CheckIn:
     examples: int
     reason: str = ""
     """Why not: one of `messages.REASONS`."""
+    round: int = 0
+    """The round that is declined, and no other; 0 for whichever it is."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -141,6 +141,8 @@ class CheckIn:
     """Why not ready: one of `REASONS`, or one that a later device knows."""
     asks: Flag = False
     """Whether an offer came that is older than one before it: `Heard` is to say which holds."""
+    round: Word32 = 0
+    """The round that is declined, and no other; 0 where it is about none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,13 +305,23 @@ def encode(message: Message, signer: Signer, topic: str) -> bytes:
     message = KINDS[number](**tidy)
     _check(message)
     _check_address(message, topics.parse(topic))
-    header = cbor.encode({key: tidy[name] for key, name, _, _ in layout})
+header = cbor.encode(_told(message, layout))
     size = OVERHEAD + len(header) + len(body)
     _check_size(size, MAX_TRANSFER if isinstance(message, Update) else MAX_FRAME, "frame")
     start = PRELUDE.pack(_MAGIC, VERSION, number, 0, len(header), len(body), 0)[:-4]
     crc = zlib.crc32(body, zlib.crc32(header, zlib.crc32(start)))
     unsigned = b"".join((start, crc.to_bytes(4, "little"), header, body))
     return unsigned + signer.sign(_to_sign(topic, unsigned))
+
+
+def _told(message: Message, layout: tuple[_Field, ...]) -> dict[int, Any]:
+    """Return the header of a message, short of last fields that hold what an absent one means."""
+    told = {key: getattr(message, name) for key, name, _, _ in layout}
+    for key, _, _, default in reversed(layout):
+        if told[key] != default:
+            break
+        del told[key]
+    return told
 
 
 def decode(

@@ -56,14 +56,21 @@ class Presence:
             return self._status(online=True)
 
     def check_in(
-        self, call: int, *, ready: bool, examples: int, reason: str = "", asks: bool = False
+        self,
+        call: int,
+        *,
+        ready: bool,
+        examples: int,
+        reason: str = "",
+        asks: bool = False,
+        number: int = 0,
     ) -> CheckIn:
-        """Return the next check-in."""
+        """Return the next check-in; `number` is that of the round that it declines."""
         with self._lock:
             self._turn += 1
             known, numbers = self._settings, (self._connection, self._turn)
             sitting = known.boot, known.start, *numbers
-            return CheckIn(call, ready, examples, *sitting, reason, asks)
+            return CheckIn(call, ready, examples, *sitting, reason, asks, number)
 
     def heard(self, word: Heard) -> bool:
         """Take in what the coordinator heard last; True when all is to be said once more."""

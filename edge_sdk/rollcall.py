@@ -35,8 +35,15 @@ class RollCall:
 
     def check_in(self, said: ev.CheckIn) -> None:
         """Say whether the device may be invited."""
-        call, ready, examples, reason = said.call, said.ready, said.examples, said.reason
-        self._say(self.presence.check_in(call, ready=ready, examples=examples, reason=reason))
+        self._say(
+            self.presence.check_in(
+                said.call,
+                ready=said.ready,
+                examples=said.examples,
+                reason=said.reason,
+                number=said.round,
+            )
+        )
 
     def take(self, message: Offer | Heard, now: float) -> list[ev.Event]:
         """Take in what the coordinator says of its calls."""

@@ -132,6 +132,7 @@ class Session(NamedTuple):
     declined: bool = False
     declined_for: str = ""
     """Why, in one of `messages.REASONS`."""
+    declined_round: int = 0
     sent_round: int = -1
     unreceipted: tuple[Unreceipted, ...] = ()
 
@@ -418,7 +419,8 @@ def _take_up(state: Session, current: Round) -> tuple[Session, list[Action]]:
 
 def _give_up(state: Session, round_: int, why: str) -> tuple[Session, list[Action]]:
     """Let go of the round under way, and say so, that nobody waits for us in vain."""
-    return state._replace(round=None, declined=True, declined_for=why), [Abandon(round_)]
+    state = state._replace(round=None, declined=True, declined_for=why, declined_round=round_)
+    return state, [Abandon(round_)]
 
 
 def why_not(state: Session, *, trained: bool = False) -> str:  # noqa: PLR0911 - one line a reason
@@ -452,10 +454,10 @@ def _plan_check_in(state: Session) -> tuple[Session, list[Action]]:
     if ready and not declined and state.now < max(state.answer_at, state.rest_until):
         return state, []  # neither at once with everybody, nor before a round can need us
     why = (declined and state.declined_for) or why_not(state)
-    said = [
-        CheckIn(offer.call, is_in, state.examples, "" if is_in else why)
-        for is_in in _standings(ready, declined)
-    ]
+    yes = CheckIn(offer.call, ready=True, examples=state.examples)
+    of = state.declined_round if declined else 0
+    no = replace(yes, ready=False, reason=why, round=of)
+    said = [yes if is_in else no for is_in in _standings(ready, declined)]
     return state._replace(stands=said[-1], stands_at=state.now), [*said]
 
 

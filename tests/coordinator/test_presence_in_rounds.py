@@ -235,6 +235,28 @@ def test_a_store_put_back_from_a_copy_answers_with_its_own_call(tmp_path: Path) 
     play(tmp_path, story)
 
 
+def test_a_decline_is_of_the_round_that_it_names_and_of_no_other(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        devices = fleet(world)
+        async with world.coordinator((TASK, PACE)) as coordinator:
+            await world.until(invited(devices, 1))
+            for device in devices:
+                device.report(1)
+            await world.until(invited(devices, 2))
+            devices[0].check_in(ready=False, reason="version", number=1)
+            devices[0].check_in()
+            devices[1].check_in(ready=False, reason="version", number=1)
+            await world.until(lambda: "t" in coordinator.fleet.reasons)
+            await world.until(lambda: coordinator.fleet.ready("t") == {devices[0].id})
+            for device in devices:
+                device.report(2)
+            await world.until(lambda: len(world.results) == 2)
+        assert [r.outcome for r in world.results] == ["commit"] * 2
+        assert [r.declined for r in world.results] == [()] * 2
+
+    play(tmp_path, story)
+
+
 def test_why_a_device_declines_and_why_it_is_not_ready_is_kept_and_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

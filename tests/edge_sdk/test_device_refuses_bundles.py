@@ -163,7 +163,8 @@ def test_a_refusal_ends_only_what_belongs_to_that_bundle() -> None:
     state, actions = after(state, e.BundleRefused(b"bad"))
     assert (state.fetching, actions) == (None, [])
     state, actions = after(state, e.Tick(1e6), e.Invited(1, 1, b"w", 60.0))
-    assert actions == [e.Abandon(1), e.CheckIn(1, ready=False, examples=0, reason="bad-bundle")]
+    no = e.CheckIn(1, ready=False, examples=0, reason="bad-bundle", round=1)
+    assert actions == [e.Abandon(1), no]
     fresh = e.Offered(call=1, round=2, version=2, bundle=b"good", model=b"w")
     assert after(state, fresh)[1] == [e.Fetch("bundle", b"good", 0)]
 

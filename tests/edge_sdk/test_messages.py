@@ -86,7 +86,17 @@ EXAMPLES: list[tuple[Message, DeviceKey, str]] = [
         topics.status(KEY.id),
     ),
     (
-        CheckIn(9, ready=False, examples=7, boot=5, start=6, connection=2, turn=8, reason="disk"),
+        CheckIn(
+            9,
+            ready=False,
+            examples=7,
+            boot=5,
+            start=6,
+            connection=2,
+            turn=8,
+            reason="disk",
+            round=4,
+        ),
         KEY,
         topics.up(TASK, KEY.id, "checkin"),
     ),
@@ -229,7 +239,10 @@ def test_what_came_before_there_were_tags_spreads_and_rests_is_read_without() ->
 
 def test_what_came_before_presence_was_numbered_is_read_as_not_told() -> None:
     golden = json.loads(GOLDEN.read_text())
-    later = {"Status": "start connection", "CheckIn": "boot start connection turn reason asks"}
+    later = {
+        "Status": "start connection",
+        "CheckIn": "boot start connection turn reason asks round",
+    }
     for kind, names in later.items():
         older = next(c for c in golden if c["kind"] == kind)
         assert not set(names.split()) & set(older["fields"])

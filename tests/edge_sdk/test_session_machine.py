@@ -20,10 +20,10 @@ INVITE = e.Invited(round=1, version=1, model=W1, deadline_s=60.0)
 READY = e.CheckIn(1, ready=True, examples=10)
 
 
-def no(reason: str) -> e.CheckIn:
-    """Return what declines."""
+def no(reason: str, number: int = 0) -> e.CheckIn:
+    """Return what declines a round, or withdraws."""
     assert reason in REASONS
-    return e.CheckIn(1, ready=False, examples=10, reason=reason)
+    return e.CheckIn(1, ready=False, examples=10, reason=reason, round=number)
 
 
 def run(state: Session, *events: e.Event) -> tuple[Session, list[e.Action]]:
@@ -95,7 +95,7 @@ def test_a_device_with_too_few_examples_never_checks_in_and_declines() -> None:
     state, actions = run(state, e.ConditionsChanged(hold=True, examples=4))
     assert actions == []
     _, actions = run(state, INVITE)
-    assert actions == [e.Abandon(1), e.CheckIn(1, ready=False, examples=4, reason="examples")]
+    assert actions == [e.Abandon(1), replace(no("examples", 1), examples=4)]
 
 
 def test_a_closed_task_gets_no_check_in_but_its_model_is_brought() -> None:
@@ -128,14 +128,14 @@ def test_an_invitation_whose_weights_never_come_ends_at_its_deadline() -> None:
     state, _ = run(ready(), e.Invited(2, 2, W2, 60.0))
     assert next_due(state) == 60.0
     state, actions = run(state, e.Tick(60.0))
-    said = [e.Abandon(2), no("deadline"), READY]
+    said = [e.Abandon(2), no("deadline", 2), READY]
     assert (state.round, actions) == (None, said)
 
 
 def test_an_invitation_to_a_model_already_replaced_is_let_go() -> None:
     state, _ = run(ready(), replace(OFFER, version=2, model=W2))
     state, actions = run(state, INVITE)
-    said = [e.Abandon(1), no("version"), READY]
+    said = [e.Abandon(1), no("version", 1), READY]
     assert (state.round, actions) == (None, said)
 
 
@@ -155,7 +155,7 @@ def test_training_stops_when_conditions_lapse_and_what_it_has_is_sent() -> None:
 
 def test_failed_training_declines_then_waits_longer_each_time() -> None:
     state, actions = run(training(), e.TrainFailed(1))
-    assert actions == [e.Abandon(1), no("no-update")]
+    assert actions == [e.Abandon(1), no("no-update", 1)]
     assert next_due(state) == session.RETRY_FIRST_S
     state, actions = run(state, e.Tick(session.RETRY_FIRST_S))
     assert actions == [e.CheckIn(1, ready=True, examples=10)]
@@ -289,17 +289,17 @@ def test_out_of_reach_of_the_broker_it_goes_on_after_a_while() -> None:
 def test_a_round_whose_version_was_replaced_meanwhile_is_abandoned_once() -> None:
     state, actions = run(restarted(), HOLD, e.Connected(), replace(OFFER, version=2, model=W2))
     assert actions.count(e.Abandon(1)) == 1
-    assert actions.count(no("version")) == 1
+    assert actions.count(no("version", 1)) == 1
     _, actions = run(state, e.Tick(100), e.Disconnected(), e.Connected())
     assert e.Abandon(1) not in actions
-    assert no("version") not in actions
+    assert no("version", 1) not in actions
 
 
 def test_a_round_whose_deadline_passed_is_abandoned_once_and_said_once_there_is_a_way() -> None:
     state, actions = run(restarted(deadline_at=-5.0), e.Tick(0), HOLD, e.Tick(30))
     assert actions == [e.Abandon(1)]
     state, actions = run(state, e.Connected(), OFFER)
-    assert actions == [no("deadline"), READY]
+    assert actions == [no("deadline", 1), READY]
     _, actions = run(state, e.Disconnected(), e.Connected(), OFFER)
     assert actions == [READY]
 
@@ -308,7 +308,7 @@ def test_a_restarted_device_whose_conditions_do_not_hold_declines() -> None:
     state, actions = run(restarted(), e.ConditionsChanged(hold=False, examples=10))
     assert actions == []
     _, actions = run(state, e.Connected(), OFFER)
-    assert actions == [e.Abandon(1), no("conditions")]
+    assert actions == [e.Abandon(1), no("conditions", 1)]
 
 
 def test_an_invitation_that_comes_again_brings_the_deadline_that_holds() -> None:

@@ -3,32 +3,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+from loading import module_at
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = ROOT / "packaging/image"
 UNITS = IMAGE / "overlay/etc/systemd/system"
 
 
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-PROVISION = load(IMAGE / "overlay/usr/lib/fedge-image/provision.py")
-BUILD = load(IMAGE / "build.py")
+PROVISION = module_at(IMAGE / "overlay/usr/lib/fedge-image/provision.py")
+BUILD = module_at(IMAGE / "build.py")
 
 
 @pytest.mark.parametrize("name", [*PROVISION.CHECKS, "inbox"])

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import stat
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from loading import module_at
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "packaging/image/overlay/usr/lib/fedge-image/provision.py"
@@ -21,12 +21,7 @@ KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIB0hVbQ8gm7Yt5mTkq1c9mYz3n8rQ0mYtqB3v
 
 @pytest.fixture(name="provision", scope="module")
 def _provision() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("provision", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_at(SCRIPT)
 
 
 class Board:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from federation import Plan, federate
+from loading import module_at
 
 from coordinator.compiler import build, momentum
 from coordinator.demo import score
@@ -22,12 +22,7 @@ RECIPE = Path(__file__).parents[2] / "models" / "digits" / "build.py"
 
 @pytest.fixture(scope="module")
 def recipe() -> Any:
-    spec = importlib.util.spec_from_file_location("recipe_digits", RECIPE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_at(RECIPE)
 
 
 def test_the_parts_of_the_digits_share_no_row(recipe: Any) -> None:

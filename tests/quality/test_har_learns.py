@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from federation import Plan, federate
+from loading import module_at
 
 from coordinator.compiler import build, momentum
 from edge_sdk.bundle import Bundle
@@ -20,23 +20,14 @@ ROUNDS, COHORT, EPOCHS, BATCH, LR = 30, 10, 2, 32, 0.05
 MODELS = Path(__file__).parents[2] / "models"
 
 
-def _module(name: str, file: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def people(shared: Path) -> dict[str, Any]:
-    return _module("shared_load", shared / "data" / "load.py").load("har")
+    return module_at(shared / "data" / "load.py").load("har")
 
 
 @pytest.fixture(scope="module")
 def bundles() -> Callable[[int], Bundle]:
-    recipe = _module("recipe_har", MODELS / "har" / "build.py")
+    recipe = module_at(MODELS / "har" / "build.py")
     optimizer = momentum(0.9, lr=LR)
     return lambda seed: build(recipe.build(seed), loss="cross_entropy", optimizer=optimizer)
 

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from loading import module_at
 
 from coordinator.bench import int8
 from coordinator.compiler import build, export, momentum
@@ -62,7 +62,7 @@ def test_digits_in_int8_learn_as_in_float32(seeds: Callable[[int], range], figur
 def test_activities_in_int8_learn_as_in_float32(
     shared: Path, tmp_path: Path, seeds: Callable[[int], range], figure: Figure
 ) -> None:
-    people = _load(shared / "data" / "load.py").load("har")
+    people = module_at(shared / "data" / "load.py").load("har")
     np.savez(tmp_path / "har.npz", **{k: people[k] for k in people if k[:2] in {"x_", "y_"}})
     rows = int8.measure("har", tmp_path / "har.npz", seeds=len(seeds(3)))["int8"]
     found = judged(rows, figure)
@@ -73,12 +73,3 @@ def test_activities_in_int8_learn_as_in_float32(
             assert row["below_float"] <= 5.0, row
             assert row["loss"] < 1.5 * found["-", "-"]["loss"]
             assert row["loss"] < found[calibration, "fixed"]["loss"] / 2
-
-
-def _load(file: Path) -> Any:
-    spec = importlib.util.spec_from_file_location("shared_load", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

@@ -9,7 +9,6 @@ file in LiteRT.
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from loading import module_at
 
 from coordinator.demo.report import Record
 from coordinator.demo.run import demo
@@ -38,13 +38,7 @@ MODEL = "kws_ref_model.tflite"
 @pytest.fixture(scope="module")
 def rows(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write the clips in the `--data` form: raw MFCC, channels last, as the model takes them."""
-    file = shared / "data" / "load.py"
-    spec = importlib.util.spec_from_file_location("shared_load", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found: dict[str, Any] = module.load("kws", normalise=False)
+    found: dict[str, Any] = module_at(shared / "data" / "load.py").load("kws", normalise=False)
     arrays = {k: found[k] for k in ("x_train", "y_train", "client_train", "x_test", "y_test")}
     for name in ("x_train", "x_test"):
         arrays[name] = np.ascontiguousarray(arrays[name].transpose(0, 2, 3, 1))

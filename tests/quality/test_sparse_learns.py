@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from forward_models import Net
+from loading import module_at
 
 from coordinator.compiler import build, export, momentum
 from edge_sdk.trainer import Trainer
@@ -26,11 +26,7 @@ def _net(seed: int) -> Any:
 
 
 def _digits(shared: Path) -> dict[str, Any]:
-    spec = importlib.util.spec_from_file_location("shared_load", shared / "data" / "load.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = module_at(shared / "data" / "load.py")
     return {k: np.asarray(v) for k, v in module.load("mnist").items() if k[:2] in {"x_", "y_"}}
 
 

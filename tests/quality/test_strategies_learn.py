@@ -7,7 +7,6 @@ each device two digits, `dirichlet03` a skewed mixture. Where a strategy does no
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 from forward_models import Net, mlp
 from learning import Attack, Learning, Plan, Rows, scaled, sign_flip
+from loading import module_at
 
 from coordinator import strategy
 from coordinator.compiler import build, sgd
@@ -42,11 +42,7 @@ class Digits(NamedTuple):
 
 @pytest.fixture(scope="module")
 def digits(shared: Path) -> Digits:
-    spec = importlib.util.spec_from_file_location("shared_load", shared / "data" / "load.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = module_at(shared / "data" / "load.py")
     dealt = {
         part: module.load("mnist", part=f"client_{part}") for part in ("2shard", "dirichlet03")
     }

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pytest
+from loading import module_at
 from virtual_fleet import Fleet, Nature, Rows, Run, steady, troubled
 
 from coordinator import pacing, strategy
@@ -58,8 +58,8 @@ class People(NamedTuple):
 
 @pytest.fixture(scope="module")
 def people(shared: Path) -> People:
-    found = _module("shared_load", shared / "data" / "load.py").load("har")
-    recipe = _module("recipe_har", MODELS / "har" / "build.py")
+    found = module_at(shared / "data" / "load.py").load("har")
+    recipe = module_at(MODELS / "har" / "build.py")
     owners, optimizer = found["client_train"], momentum(0.9, lr=0.05)
     rows = [
         (found["x_train"][owners == i], found["y_train"][owners == i]) for i in np.unique(owners)
@@ -69,15 +69,6 @@ def people(shared: Path) -> People:
         (found["x_test"], found["y_test"]),
         lambda seed: build(recipe.build(seed), loss="cross_entropy", optimizer=optimizer),
     )
-
-
-def _module(name: str, file: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_half_lost_and_a_third_late_costs_nothing_at_an_equal_number_of_updates(
