@@ -305,7 +305,7 @@ def encode(message: Message, signer: Signer, topic: str) -> bytes:
     message = KINDS[number](**tidy)
     _check(message)
     _check_address(message, topics.parse(topic))
-header = cbor.encode(_told(message, layout))
+    header = cbor.encode(_told(message, layout))
     size = OVERHEAD + len(header) + len(body)
     _check_size(size, MAX_TRANSFER if isinstance(message, Update) else MAX_FRAME, "frame")
     start = PRELUDE.pack(_MAGIC, VERSION, number, 0, len(header), len(body), 0)[:-4]
