@@ -39,19 +39,6 @@ OPEN = ("allow_anonymous true", "set_tcp_nodelay true")
 SIZE_MIB = 4
 
 
-@pytest.fixture
-def calm(template: Template, trainer: LastingTrainer, quick: Path, start_mosquitto: Any) -> Any:
-    if not template.calm:
-        broker = start_mosquitto(*OPEN)
-        config = template.copy(quick / "calm", broker.url)
-        boards = Boards(quick / "calm", [broker.url] * DEVICES, trainer)
-        with contextlib.closing(boards), daemon(config, "--exit-when-done") as child:
-            boards.start()
-            assert child.wait(120) == 0
-        template.calm = digests(config)
-    return template.calm
-
-
 def small_disk(folder: Path) -> tuple[str, ...]:
     """Return what to run a process under, so that `folder` is a disk of its own, as it is now."""
     user = () if os.geteuid() == 0 else ("--map-root-user",)

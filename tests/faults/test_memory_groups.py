@@ -37,19 +37,6 @@ TRANSFER, STRANGERS = 190_000, 400
 
 
 @pytest.fixture
-def calm(template: Template, trainer: LastingTrainer, quick: Path, start_mosquitto: Any) -> Any:
-    if not template.calm:
-        broker = start_mosquitto(*OPEN)
-        config = template.copy(quick / "calm", broker.url)
-        boards = Boards(quick / "calm", [broker.url] * DEVICES, trainer)
-        with contextlib.closing(boards), daemon(config, "--exit-when-done") as child:
-            boards.start()
-            assert child.wait(120) == 0
-        template.calm = digests(config)
-    return template.calm
-
-
-@pytest.fixture
 def group() -> Iterator[MemoryGroup]:
     with memory_group("faults") as made:
         yield made

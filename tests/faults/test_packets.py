@@ -63,21 +63,6 @@ class Run:
         return sum(u["device"] == self.template.ids[index] for u in rows(self.config))
 
 
-@pytest.fixture
-def calm(template: Template, trainer: LastingTrainer, quick: Path, start_mosquitto: Any) -> Any:
-    """The versions of a run in which nothing happened, made once."""
-    if not template.calm:
-        broker = start_mosquitto("allow_anonymous true", "set_tcp_nodelay true")
-        config = template.copy(quick / "calm", broker.url)
-        boards = Boards(quick / "calm", [broker.url] * DEVICES, trainer)
-        with contextlib.closing(boards), daemon(config, "--exit-when-done") as child:
-            boards.start()
-            assert child.wait(120) == 0
-        check_journal(config, template, boards.receipts)
-        template.calm = digests(config)
-    return template.calm
-
-
 Play = Callable[..., list[str]]
 
 
