@@ -39,6 +39,13 @@ def _start(pattern: str) -> str:
     return pattern.partition("+")[0].partition("#")[0]
 
 
+@functools.lru_cache(4096)
+def _starts(topic: str) -> tuple[str, ...]:
+    """Return what may come before the first wildcard of a filter that matches a topic."""
+    levels = topic.split("/")
+    return *("/".join(levels[:i]) + "/" for i in range(1, len(levels))), topic
+
+
 class Message(NamedTuple):
     """What is published."""
 
@@ -129,9 +136,8 @@ class Broker:
             for session in self.sessions.values():
                 for pattern in session.filters:
                     self._index.setdefault(_start(pattern), []).append((pattern, session))
-        levels, found = topic.split("/"), dict[int, Session]()
-        starts = ["/".join(levels[:i]) + "/" for i in range(1, len(levels))]
-        for start in (*starts, topic):
+        found = dict[int, Session]()
+        for start in _starts(topic):
             for pattern, session in self._index.get(start, ()):
                 if _matches(pattern, topic):
                     found[id(session)] = session
