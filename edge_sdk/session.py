@@ -400,7 +400,8 @@ def _plan_round(state: Session) -> tuple[Session, list[Action]]:
 def _take_up(state: Session, current: Round) -> tuple[Session, list[Action]]:
     model, offer, invite = state.model, state.offer, current.invite
     newest = max([known.version for known in (model, offer) if known is not None], default=0)
-    if newest > invite.version or state.now >= current.deadline_at:
+    is_settled = offer is not None and invite.round < offer.round  # without a version of its own
+    if newest > invite.version or is_settled or state.now >= current.deadline_at:
         why = "version" if newest > invite.version else "deadline"
         return _give_up(state, invite.round, why)
     if offer is None and current.resumed_at is not None:

@@ -115,8 +115,8 @@ def main() -> int:
             if other is not None:
                 expect_same(system, other.result())
         record = _image(work, system, deb, args.out.resolve(), xz=not args.no_xz)
-        record["built_twice"] = args.twice
-    record |= {"seconds": round(time.monotonic() - began)}
+    record |= {"built_twice": args.twice, "seconds": round(time.monotonic() - began)}
+    (args.out / f"{name()}.json").write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record, indent=2))
     return 0
 
@@ -125,6 +125,11 @@ def version() -> str:
     """Return the version that the image is named after."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     return str(project["version"])
+
+
+def name() -> str:
+    """Return what the image and its records are called."""
+    return f"fedge-{version()}-arm64"
 
 
 @cache
@@ -274,9 +279,8 @@ def _system(work: Path, base: Path, deb: Path) -> System:
 def _image(work: Path, system: System, deb: Path, out: Path, *, xz: bool) -> dict[str, object]:
     files, packages = work / "files", system.packages
     _data(work, files / "data.ext4")
-    name = f"fedge-{version()}-arm64"
-    made = _assemble(work, files, out / f"{name}.img")
-    (out / f"{name}.packages").write_text(packages)
+    made = _assemble(work, files, out / f"{name()}.img")
+    (out / f"{name()}.packages").write_text(packages)
     record: dict[str, object] = {
         "version": version(),
         "epoch": epoch(),
@@ -292,7 +296,6 @@ def _image(work: Path, system: System, deb: Path, out: Path, *, xz: bool) -> dic
         packed = made.with_name(f"{made.name}.xz")
         record["xz_bytes"] = packed.stat().st_size
         record["xz_sha256"] = _sha256(packed)
-    (out / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
     return record
 
 

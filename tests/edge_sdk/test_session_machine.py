@@ -139,6 +139,12 @@ def test_an_invitation_to_a_model_already_replaced_is_let_go() -> None:
     assert (state.round, actions) == (None, said)
 
 
+def test_an_invitation_to_a_round_before_the_one_that_is_offered_is_let_go() -> None:
+    state, _ = run(ready(), replace(OFFER, round=2))
+    state, actions = run(state, INVITE)
+    assert (state.round, actions) == (None, [e.Abandon(1), no("deadline", 1), READY])
+
+
 def test_training_is_submitted_once() -> None:
     state, actions = run(training(), e.Trained(1))
     assert actions == [e.Submit(1)]

@@ -59,8 +59,7 @@ class Attacker:
 def repeated() -> Attack:
     """Everything a second time, and all updates and receipts that were ever sent, newest first.
 
-    Old offers, check-ins and states of devices are for the access list to keep out: without it they
-    can cost a round, though never bring a wrong model.
+    Old offers, check-ins and states of devices have a test of their own.
     """
     said: list[tuple[str, bytes]] = []
 
