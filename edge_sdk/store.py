@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import itertools
 import json
 import logging
 import os
@@ -221,10 +220,10 @@ class Store:
     def forget_models(self, keep: Iterable[str]) -> None:
         """Delete bundles and weights but those whose hex digest is in `keep`."""
         kept = set(keep)
-        named = self._named(self._bundles, ".fedge"), self._named(self._weights, ".bin")
-        for path in itertools.chain(*named):
-            if path.stem not in kept:
-                files.remove(path, self.disk)
+        for folder, suffix in ((self._bundles, ".fedge"), (self._weights, ".bin")):
+            for name in self.disk.names(folder):
+                if name.endswith(suffix) and name.removesuffix(suffix) not in kept:
+                    files.remove(folder / name, self.disk)
 
     def under_way(self) -> UnderWay | None:
         """Return the round that was taken up and not yet answered, if there is one."""

@@ -151,8 +151,9 @@ class Broker:
                 session.filters[pattern] = None
                 if self._index is not None:
                     self._index.setdefault(_start(pattern), []).append((pattern, session))
+        wild = [pattern for pattern in filters if _start(pattern) != pattern]
         for topic, payload in list(self.retained.items()):
-            if topic in filters or any(_matches(pattern, topic) for pattern in filters):
+            if topic in filters or any(_matches(pattern, topic) for pattern in wild):
                 self._deliver(session, Message(topic, payload))
 
     def unsubscribe(self, wire: Wire, filters: tuple[str, ...]) -> None:
