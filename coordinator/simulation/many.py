@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import multiprocessing
 import os
@@ -22,7 +23,7 @@ def outcomes(setups: Sequence[Setup], jobs: int = 0) -> Iterator[Outcome]:
         return
     cut = [setups[i : i + CHUNK] for i in range(0, len(setups), CHUNK)]
     context = multiprocessing.get_context("spawn")  # threads of ours must not be forked
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=gc.disable) as pool:
         try:
             yield from itertools.chain.from_iterable(pool.map(_some, cut))
         finally:
@@ -30,4 +31,6 @@ def outcomes(setups: Sequence[Setup], jobs: int = 0) -> Iterator[Outcome]:
 
 
 def _some(setups: Sequence[Setup]) -> list[Outcome]:
-    return [simulate(setup) for setup in setups]
+    done = [simulate(setup) for setup in setups]
+    gc.collect()  # in a process of ours alone: what one run leaves in cycles can wait for the rest
+    return done
