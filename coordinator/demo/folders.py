@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
 from coordinator.demo.settings import Settings
@@ -57,6 +60,7 @@ def device_config(
     inbox = folder / "inbox"
     inbox.mkdir(parents=True)
     np.savez(inbox / "rows.npz", x=rows[0], y=rows[1])
+    _identity(folder / "state", f"fedge demo {settings.seed} {folder.name}")
     wanted = [] if quantile is None else [f"error_quantile = {quantile}"]
     poll_s = POLL_S if len(settings.groups) == settings.devices else HOST_POLL_S
     lines = [
@@ -73,6 +77,19 @@ def device_config(
         f"poll_s = {poll_s}",
     ]
     return _write(folder / "device.toml", lines)
+
+
+def _identity(state: Path, name: str) -> None:
+    """Give a device a key that its name makes: what it trains, and so the demo, is the seed's.
+
+    Of use to nobody else: the device speaks with a broker of the demo's own, on loopback.
+    """
+    key = Ed25519PrivateKey.from_private_bytes(hashlib.sha256(name.encode()).digest())
+    encoding, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    state.mkdir(mode=0o700)
+    file = state / "identity.key"
+    file.touch(0o600)
+    file.write_bytes(key.private_bytes(encoding, form, serialization.NoEncryption()))
 
 
 def _inline(values: dict[str, float]) -> str:
